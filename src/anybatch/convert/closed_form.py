@@ -1,0 +1,84 @@
+"""Does a linear map explain what a norm saw?  The test every pair must pass before anything may rely on it.
+
+For y = W p + b, whatever the map's stride, groups or padding:  E[y] = <E[p], W> + b  and  var(y) = <E[(y - E[y]) p], W>.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from anybatch.core.linear_map import LinearMap
+from anybatch.core.moments import compute_dtype, moments
+
+__all__ = ["mismatch", "unsteady"]
+
+# Far above rounding and TF32's averaged-out error, far below what standardised weights or another padding change.
+_RELATIVE = 1e-3
+_OF_SUMMANDS = 1e-5
+
+_UNEXPLAINED = "its input is not what the map's own weight gives (standardised weight, own padding, changed in place?)"
+
+
+def mismatch(module: nn.Module, x: Tensor, y: Tensor) -> str:
+    """Compare the moments of y with those that the map's closed forms give for its input x.
+
+    Args:
+        module: the map, read for its effective weight and bias.
+        x: what the map was called on.
+        y: what the norm was called on.
+
+    Returns:
+        Why the map does not explain y; empty when it does.
+    """
+    linear, weight, bias = LinearMap.of(module), module.weight, module.bias
+    assert linear is not None
+    assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
+    if y.dim() != weight.dim() or y.shape[1] != linear.channels(weight):
+        return f"its channels are not the map's output channels (input of shape {tuple(y.shape)})"
+    if not torch.isfinite(y).all():
+        return "its input was not finite in the example run"
+    try:
+        return "" if _explains(linear, x, y, weight, bias) else _UNEXPLAINED
+    except (RuntimeError, ValueError, IndexError) as error:
+        return f"the map's closed form cannot be had: {str(error).splitlines()[0]}"
+
+
+def _explains(linear: LinearMap, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    seen, dtype = moments(y), compute_dtype(y.dtype)
+    rows = linear.rows(weight).to(dtype)
+    patch = linear.mean_patch(x, tuple(y.shape[2:])).to(dtype).repeat_interleave(len(rows) // linear.groups, 0)
+    shift = torch.zeros_like(seen.mean) if bias is None else bias.to(dtype)
+    centred = y.to(dtype) - seen.mean.view(-1, *[1] * (y.dim() - 2))
+    mean = (patch * rows).sum(1) + shift
+    var = (linear.covariance(x.to(dtype), centred, weight).to(dtype) * rows).sum(1)
+
+    # Where large summands cancel, the error follows them and not the result.
+    rounding = 4 * max(torch.finfo(t.dtype).eps for t in (x, y))
+    relative, of_summands = max(_RELATIVE, rounding), max(_OF_SUMMANDS, rounding)
+    summands, std = (patch * rows).abs().sum(1) + shift.abs(), seen.var.sqrt()
+    near_mean = (mean - seen.mean).abs() <= relative * std + of_summands * summands
+    near_var = (var - seen.var).abs() <= relative * seen.var + of_summands * std * (summands + std)
+    return bool((near_mean & near_var).all())
+
+
+def unsteady(module: nn.Module) -> bool:
+    """Whether reading the map's weight in training changes it, as spectral_norm's power iteration does.
+
+    Such a weight cannot be asked for after the fact: the answer is not the weight that made the output. The probe may
+    move the parametrization's buffers; the caller restores them.
+    """
+    if not parametrize.is_parametrized(module, "weight"):
+        return False
+    rules = module.parametrizations
+    assert isinstance(rules, nn.ModuleDict)
+    rule = rules["weight"]
+    modes = [(part, part.training) for part in rule.modules()]
+    before = [buffer._version for buffer in rule.buffers()]
+    rule.train()
+    first, second = module.weight, module.weight
+    for part, training in modes:
+        part.training = training
+    assert isinstance(first, Tensor)
+    assert isinstance(second, Tensor)
+    return before != [buffer._version for buffer in rule.buffers()] or not torch.equal(first, second)

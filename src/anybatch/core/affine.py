@@ -1,0 +1,64 @@
+"""The normalise step, and its backward with an explicit share of the statistics' terms.
+
+    out = gamma * y_hat + beta,   y_hat = (y - mean) / sqrt(var + eps)
+
+Per channel (dim 1) of y (N, C, *). eps is inside the root, as in torch.nn.BatchNorm2d.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Reductions", "add_affine", "normalise", "normalise_backward", "per_channel", "scale_and_shift"]
+
+
+class Reductions(NamedTuple):
+    """The two sums over a batch that BatchNorm's backward needs, per channel."""
+
+    g: Tensor  # (C,) sum of g
+    g_y_hat: Tensor  # (C,) sum of g * y_hat
+
+
+def per_channel(v: Tensor, y: Tensor) -> Tensor:
+    """View a (C,) tensor so that it broadcasts over the channels of ``y``, in the dtype of ``y``."""
+    return v.to(y.dtype).view(1, -1, *[1] * (y.dim() - 2))
+
+
+def scale_and_shift(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Moments and affine parameters as one affine map: out = scale * y + shift, both (C,)."""
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias
+
+
+def normalise(y: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Out = weight * (y - mean) / sqrt(var + eps) + bias, per channel, with given moments."""
+    return F.batch_norm(y, mean, var, weight, bias, False, 0.0, eps)
+
+
+def normalise_backward(
+    g: Tensor, y: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Reductions]:
+    """Backward of :func:`normalise` with the moments held still, and the reductions that the moments' gradient needs.
+
+    Returns:
+        a * g with a = weight / sqrt(var + eps), and (sum g, sum g * y_hat), which are also the gradients of bias and
+        weight.
+    """
+    if weight is None:
+        weight = torch.ones_like(mean)
+    grad_y, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+        g, y, weight, mean, var, None, None, False, eps, [True, True, True]
+    )
+    return grad_y, Reductions(grad_bias, grad_weight)
+
+
+def add_affine(grad: Tensor, y: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """Grad + slope * y + offset, slope and offset per channel: how the moments' gradient reaches y."""
+    return torch.addcmul(grad.add_(per_channel(offset, grad)), y, per_channel(slope, y))

@@ -1,0 +1,168 @@
+"""What Cross-Iteration BatchNorm needs of the linear map y = W p + b that feeds it, in closed form.
+
+    d mean_c / dW_c = E[p]                       the mean input patch, one for all channels of a group
+    d var_c  / dW_c = 2 E[(y_c - mean_c) p]      one weight-gradient of the map
+
+with p the input patch of an output position (K = C_in / groups * kernel values) and E over examples and positions.
+The same for convolutions in 1, 2 and 3 dimensions, transposed or not, grouped, depthwise, strided, dilated, with any
+padding mode, and for Linear. Letters: N examples, C output channels, G groups, K values of a patch.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .moments import compute_dtype
+
+__all__ = ["CONVOLUTIONS", "MAPS", "TRANSPOSED", "LinearMap"]
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+MAPS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """The geometry of a convolution, a transposed convolution or a Linear (then ``kernel`` is empty).
+
+    Args:
+        groups: G.
+        kernel: kernel size of each spatial dimension.
+        stride: of each dimension.
+        dilation: of each dimension.
+        pads: (before, after) of each dimension.
+        padding_mode: 'zeros', 'circular', 'reflect' or 'replicate'.
+        transposed: whether the weight is (C_in, C / G, *kernel) and the map a transposed convolution.
+        output_padding: of each dimension, of a transposed convolution.
+    """
+
+    groups: int = 1
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    pads: tuple[tuple[int, int], ...] = ()
+    padding_mode: str = "zeros"
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "LinearMap | None":
+        """The geometry of ``module``, or None where it is no linear map that torch knows."""
+        if isinstance(module, nn.Linear):
+            return cls()
+        if not isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
+            return None
+        # torch keeps 'same' and integer padding alike as (last dim before, after, ..., first dim before, after).
+        flat: list[int] = module._reversed_padding_repeated_twice
+        pads = tuple((flat[2 * i], flat[2 * i + 1]) for i in reversed(range(len(module.kernel_size))))
+        return cls(
+            module.groups,
+            tuple(module.kernel_size),
+            tuple(module.stride),
+            tuple(module.dilation),
+            pads,
+            module.padding_mode,
+            isinstance(module, TRANSPOSED),
+            tuple(module.output_padding),
+        )
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The weight as one row a output channel, (C, K); differentiable, so a gradient comes back in its own layout."""
+        if not self.transposed:
+            return weight.flatten(1)
+        per_group = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)  # (G, C/G, C_in/G, *kernel)
+        return per_group.flatten(0, 1).flatten(1)
+
+    def channels(self, weight: Tensor) -> int:
+        """C, the number of output channels."""
+        return weight.shape[1] * self.groups if self.transposed else weight.shape[0]
+
+    def mean_patch(self, x: Tensor, output_size: tuple[int, ...]) -> Tensor:
+        """E[p], (G, K): the mean over examples and output positions of the input patch.
+
+        The patch is linear in x, so x is first summed over examples; then each spatial dimension is contracted with a
+        small matrix that counts how often each kernel tap reads each input position.
+
+        Args:
+            x: the map's input, (N, C_in, *); (*, K) for Linear.
+            output_size: spatial size of the map's output; () for Linear.
+        """
+        x = x.to(compute_dtype(x.dtype))
+        if not self.kernel:
+            return x.reshape(-1, x.shape[-1]).mean(0, keepdim=True)
+        positions = x.shape[0]
+        total = x.sum(0)
+        for d, size in enumerate(output_size):
+            total = torch.tensordot(total, self._taps(d, x.shape[2 + d], size, total), ([1], [1]))
+            positions *= size
+        return total.reshape(self.groups, -1) / positions
+
+    def covariance(self, x: Tensor, y_centred: Tensor, weight: Tensor) -> Tensor:
+        """E[(y - mean) p], (C, K): the weight-gradient of the map under the cotangent (y - mean) / m.
+
+        Args:
+            x: the map's input.
+            y_centred: its output less the channel means, (N, C, *).
+            weight: of the map; only its shape is read.
+        """
+        dtype = compute_dtype(x.dtype)
+        x, y_centred = x.to(dtype), y_centred.to(dtype)
+        m = y_centred.numel() // y_centred.shape[1]
+        if not self.kernel:
+            return y_centred.reshape(-1, y_centred.shape[-1]).t() @ x.reshape(-1, x.shape[-1]) / m
+        padding = [before for before, _ in self.pads]
+        if not self.transposed and (self.padding_mode != "zeros" or any(a != b for a, b in self.pads)):
+            x = self._pad(x)
+            padding = [0] * len(self.kernel)
+        _, grad, _ = torch.ops.aten.convolution_backward(
+            y_centred,
+            x,
+            weight.detach().to(dtype),
+            None,
+            self.stride,
+            padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+            [False, True, False],
+        )
+        return self.rows(grad) / m
+
+    def _pad(self, x: Tensor) -> Tensor:
+        flat = [p for pair in reversed(self.pads) for p in pair]
+        return F.pad(x, flat, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+
+    def _taps(self, d: int, input_size: int, output_size: int, like: Tensor) -> Tensor:
+        geometry = (self.kernel[d], self.stride[d], self.dilation[d], self.pads[d], self.padding_mode, self.transposed)
+        return _tap_counts(*geometry, input_size, output_size, like.dtype, like.device)
+
+
+@lru_cache(maxsize=1024)
+def _tap_counts(
+    kernel: int,
+    stride: int,
+    dilation: int,
+    pads: tuple[int, int],
+    padding_mode: str,
+    transposed: bool,
+    input_size: int,
+    output_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """(kernel, input_size): how many output positions read input position i through tap k, along one dimension."""
+    tap = torch.arange(kernel).unsqueeze(1) * dilation
+    if transposed:
+        # Input i reaches output i * stride - pad + tap, once, if that lies inside the output.
+        target = torch.arange(input_size) * stride - pads[0] + tap
+        counts = ((target >= 0) & (target < output_size)).to(dtype)
+    else:
+        source = torch.arange(input_size, dtype=torch.float64)[None, None] + 1  # 0 is left for zero padding
+        source = F.pad(source, pads, mode="constant" if padding_mode == "zeros" else padding_mode)[0, 0].long()
+        read = source[torch.arange(output_size) * stride + tap]  # (kernel, output_size)
+        counts = F.one_hot(read, input_size + 1).sum(1)[:, 1:].to(dtype)
+    return counts.to(device)

@@ -1,0 +1,93 @@
+"""Means and variances: of a batch, pooled over batches, averaged over time.
+
+The only place where a mean or a variance is computed. Letters: N examples, C channels, T batches, m values per channel.
+Variances are population variances (divided by m) unless the name says Bessel. Everything is kept as (mean, variance)
+and never as (E[x], E[x^2]): at mean 1e4 and variance 1 the difference E[x^2] - E[x]^2 has no correct digit in float32.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Moments", "bessel", "compute_dtype", "moments", "pool", "update_running_"]
+
+
+class Moments(NamedTuple):
+    """Population moments of one batch per channel."""
+
+    mean: Tensor  # (C,) float32 or better
+    var: Tensor  # (C,) float32 or better, divided by count
+    count: int  # values per channel, m = N * positions
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype statistics are kept in for inputs of ``dtype``: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def moments(x: Tensor) -> Moments:
+    """Mean and population variance of each channel of ``x`` (N, C, *), over N and *.
+
+    mean_c = 1/m sum x_c,  var_c = 1/m sum (x_c - mean_c)^2, in two passes, float32 or better.
+    """
+    count = x.numel() // x.shape[1]
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        # torch's own BatchNorm kernel: two passes, accumulated in float64, several times var_mean's speed on CPU.
+        mean, var = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0)
+        return Moments(mean, var, count)
+    dims = [d for d in range(x.dim()) if d != 1]
+    var, mean = torch.var_mean(x.to(compute_dtype(x.dtype)), dims, correction=0)
+    return Moments(mean, var, count)
+
+
+def pool(means: Tensor, variances: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments of T batches taken together, from the moments of each.
+
+    mean = sum_t w_t mean_t,  var = sum_t w_t var_t + sum_t w_t (mean_t - mean)^2,  w = weights / sum(weights)
+
+    Args:
+        means: (T, C).
+        variances: (T, C), population.
+        weights: (T,), not negative, at least one positive; the counts of the batches make this the moments of their
+            concatenation.
+    """
+    w = (weights / weights.sum()).unsqueeze(1)
+    mean = (w * means).sum(0)
+    return mean, (w * (variances + (means - mean).square())).sum(0)
+
+
+def bessel(var: Tensor, count: int) -> Tensor:
+    """Population variance of ``count`` values to the Bessel-corrected one, as torch keeps it in running_var."""
+    return var * (count / max(count - 1, 1))
+
+
+def update_running_(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    rate: Tensor | float,
+    total: bool = True,
+) -> None:
+    """Move running moments towards a batch's, in place.
+
+    mean <- mean + r d,  var <- (1 - r) var + r var_t [+ r (1 - r) d^2],  d = mean_t - mean
+
+    With the last term this is the exponential average of E[x] and E[x^2] without their cancellation: the running
+    variance is the total variance, spread between batches included. torch's BatchNorm leaves it out.
+
+    Args:
+        running_mean: (C,), changed in place.
+        running_var: (C,), changed in place.
+        mean: the batch's, (C,).
+        var: the batch's, (C,).
+        rate: torch's momentum, the weight of the new batch, in [0, 1]. A rate of 0 must come with finite moments.
+        total: whether the spread between batches counts.
+    """
+    d = mean - running_mean
+    change = var - running_var
+    if total:
+        change = change + (1 - rate) * d.square()
+    running_mean.add_(rate * d)
+    running_var.add_(rate * change)

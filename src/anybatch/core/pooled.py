@@ -1,0 +1,143 @@
+"""Normalising by pooled moments, and the gradient through them.
+
+    out = gamma * y_hat + beta,   y_hat = (y - mean) / sqrt(var + eps)
+
+where mean and var depend on the current batch y by its share s, and on the weights W of the map y = W p + b through the
+carried moments of past batches. With a = gamma / sqrt(var + eps), E and m over the current batch:
+
+    dL/dmean = -a sum g                          dL/dvar = -1/2 a / sqrt(var + eps) sum g y_hat
+    dL/dmean_t = s (dL/dmean + 2 dL/dvar (mean_t - mean))      dL/dvar_t = s dL/dvar        (current batch)
+    own:       dy = a g + dL/dmean_t / m + 2 dL/dvar_t (y - mean_t) / m
+    history:   dL/dW += dL/dmean dmean/dW + dL/dvar dvar/dW    (and likewise b)
+    averaged:  dy = a (g - R1 - y_hat R2) flows on to earlier layers; W and b still get 'own':
+               dL/dW += (alpha - alpha') m E[p] + (slope - slope') m E[(y - mean_t) p]
+               where dy = a g + alpha + slope (y - mean_t), primes for 'averaged'.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .affine import Reductions, add_affine, normalise, normalise_backward
+from .moments import Moments
+
+__all__ = ["Batch", "Pooled", "normalise_pooled"]
+
+
+class Batch(NamedTuple):
+    """The current batch behind its map. K = 0 where there is no map to speak of."""
+
+    now: Moments
+    rows: Tensor  # (C, K) the map's weights today, attached
+    bias: Tensor | None  # (C,) the map's bias, attached
+    patch: Tensor  # (G, K) E[p]
+    covariance: Tensor  # (C, K) E[(y - mean) p]
+
+
+class Pooled(NamedTuple):
+    """What one forward normalises by, and how that answers to the current batch and to today's weights."""
+
+    mean: Tensor  # (C,)
+    var: Tensor  # (C,)
+    share: Tensor  # () of the current batch
+    by_weight: tuple[Tensor, Tensor] | None  # d mean / dW (G, K), d var / dW (C, K), through the history
+    by_bias: tuple[Tensor, Tensor] | None  # d mean / db (), d var / db (C,)
+
+
+Average = Callable[[Reductions, int], Reductions]
+
+
+def normalise_pooled(
+    y: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    batch: Batch,
+    pooled: Pooled,
+    average: Average | None = None,
+) -> Tensor:
+    """Normalise y (N, C, *) by ``pooled`` moments; the equations above.
+
+    Args:
+        y: the map's output.
+        weight: gamma (C,).
+        bias: beta (C,).
+        eps: inside the square root.
+        batch: y's own moments and its map.
+        pooled: the moments to normalise by.
+        average: called once a backward with (sum g, sum g y_hat) and m, gives R1, R2; None lets 'own' flow on.
+    """
+    out: Tensor = _NormalisePooled.apply(y, weight, bias, batch.rows, batch.bias, eps, batch, pooled, average)
+    return out
+
+
+class _NormalisePooled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        rows: Tensor,
+        map_bias: Tensor | None,
+        eps: float,
+        batch: Batch,
+        pooled: Pooled,
+        average: Average | None,
+    ) -> Tensor:
+        ctx.save_for_backward(y, weight)
+        # Detached: a context that held its own attached inputs would be a cycle.
+        ctx.batch = batch._replace(rows=None, bias=None)
+        ctx.pooled, ctx.average, ctx.eps = pooled, average, eps
+        return normalise(y, pooled.mean, pooled.var, weight, bias, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        y, weight = ctx.saved_tensors
+        now, _, _, patch, covariance = ctx.batch
+        mean, var, share, by_weight, by_bias = ctx.pooled
+        m = now.count
+        grad_y, sums = normalise_backward(g, y, mean, var, weight, ctx.eps)
+
+        inverse = torch.rsqrt(var + ctx.eps)
+        a = inverse if weight is None else inverse * weight
+        by_mean = -a * sums.g
+        by_var = -0.5 * a * inverse * sums.g_y_hat
+        offset = share * (by_mean + 2 * by_var * (now.mean - mean)) / m
+        slope = share * by_var * (2 / m)
+
+        needs_rows, needs_bias = ctx.needs_input_grad[3] and patch.numel() > 0, ctx.needs_input_grad[4]
+        grad_rows = grad_bias = None
+        if needs_rows and by_weight is not None:
+            grad_rows = torch.addcmul(_spread(by_weight[0], by_mean), by_weight[1], by_var.unsqueeze(1))
+        if needs_bias and by_bias is not None:
+            grad_bias = by_mean * by_bias[0] + by_var * by_bias[1]
+        if ctx.average is not None:
+            r1, r2 = ctx.average(sums, m)
+            # Without any share of its own the batch was normalised by constants, and nothing but a g flows.
+            a = a * share.sign()
+            onward_slope = -a * inverse * r2
+            onward_offset = -a * r1 + onward_slope * (now.mean - mean)
+            if needs_rows:
+                own = _spread(patch, (offset - onward_offset) * m)
+                own.addcmul_(covariance, ((slope - onward_slope) * m).unsqueeze(1))
+                grad_rows = own if grad_rows is None else grad_rows.add_(own)
+            if needs_bias:
+                own = (offset - onward_offset) * m
+                grad_bias = own if grad_bias is None else grad_bias.add_(own)
+            offset, slope = onward_offset, onward_slope
+        if ctx.needs_input_grad[0]:
+            grad_y = add_affine(grad_y, y, slope, offset - slope * now.mean)
+        grad_weight = sums.g_y_hat if ctx.needs_input_grad[1] else None
+        grad_beta = sums.g if ctx.needs_input_grad[2] else None
+        return grad_y, grad_weight, grad_beta, grad_rows, grad_bias, None, None, None, None
+
+
+def _spread(patch: Tensor, by_channel: Tensor) -> Tensor:
+    """(G, K) times (C,): (C, K), each channel taking its group's patch."""
+    groups = patch.shape[0]
+    return (by_channel.view(groups, -1, 1) * patch.unsqueeze(1)).flatten(0, 1)

@@ -1,0 +1,1 @@
+"""Behind the command line: data, networks, training loops, results, plots and report pages."""

@@ -1,0 +1,61 @@
+"""What a measurement was taken with: machine, versions, commit."""
+
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+__all__ = ["anybatch_version", "commit", "machine", "versions"]
+
+
+def anybatch_version() -> str:
+    """The installed version; "unknown" where the package runs without being installed."""
+    try:
+        return version("anybatch")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def machine(device: str = "cpu") -> dict[str, str | int]:
+    """Processor, cores this process may use, operating system, and the accelerator if `device` is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    facts: dict[str, str | int] = {"cpu": _cpu_name(), "cores": cores, "platform": platform.platform(terse=True)}
+    if device.startswith("cuda"):
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, torch and anybatch."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "anybatch": anybatch_version()}
+
+
+@cache
+def commit() -> str | None:
+    """The commit this source runs from ("-dirty" if edited since), or None outside a checkout of anybatch."""
+    folder = Path(__file__).parent
+    # An installed copy may lie inside somebody else's repository: only a tracked file speaks for this one.
+    if _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    return _git(folder, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

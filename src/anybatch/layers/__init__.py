@@ -1,0 +1,1 @@
+"""The layers: one method a file, read top-down (equation, pure step, module)."""

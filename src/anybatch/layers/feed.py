@@ -1,0 +1,150 @@
+"""How a norm layer gets to know the linear map that feeds it, without any change to the model's code.
+
+A hook on the map ties its input and effective weight to its output tensor; the norm reads them off the tensor it is
+given. So a map shared by several norms, a norm shared by several maps, one called on several levels in one step, and
+any control flow are all the same case, nothing outlives the tensor, and copies and pickles of a model work by
+themselves.
+"""
+
+from typing import Any, NamedTuple, Self
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..core.linear_map import MAPS, LinearMap
+from ..errors import AnybatchError
+from .base import NormLayer
+
+__all__ = ["Feed", "FedLayer", "Link"]
+
+_TAG = "_anybatch_feed"
+
+
+class Feed(NamedTuple):
+    """One run of a map, as the norm after it needs it."""
+
+    map: nn.Module
+    geometry: LinearMap
+    x: Tensor  # the map's input, detached
+    weight: Tensor  # the weight that made the output, attached
+    bias: Tensor | None
+    version: int  # of the output tensor when it was made
+
+
+class Link(NamedTuple):
+    """A map that a norm follows."""
+
+    map: nn.Module
+    geometry: LinearMap
+    inside: bool
+    handles: tuple[Any, ...]
+
+
+class FedLayer(NormLayer):
+    """A norm layer that follows linear maps."""
+
+    exclusive: bool = True  # nothing but this norm uses what the maps put out: they may be folded
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._links: list[Link] = []
+        self._stash: Feed | None = None
+
+    @property
+    def maps(self) -> tuple[nn.Module, ...]:
+        """The maps this norm follows; they stay where they are in the model and are no children of the norm."""
+        return tuple(link.map for link in self._links)
+
+    def follows(self, map: nn.Module, inside: bool = False, exclusive: bool = True) -> Self:
+        """Tell the norm which map feeds it.
+
+        Args:
+            map: Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear whose output this norm normalises.
+            inside: the norm is called inside the map's own forward, on what the map computed (detectron2's Conv2d).
+            exclusive: no one but this norm uses the map's output, so that the two can be folded.
+
+        Returns:
+            The norm itself.
+
+        Raises:
+            AnybatchError: ``map`` is no linear map, or its output channels are not the norm's.
+        """
+        geometry = LinearMap.of(map)
+        if geometry is None:
+            known = ", ".join(m.__name__ for m in MAPS)
+            raise AnybatchError(f"follows({type(map).__name__}): no linear map; give one of {known}")
+        channels = geometry.channels(map.weight)  # type: ignore[arg-type]
+        if channels != self.num_features:
+            raise AnybatchError(
+                f"follows({map}): the map puts out {channels} channels, the norm has num_features={self.num_features}"
+            )
+        handles: list[Any] = []
+        if inside:
+            handles.append(map.register_forward_pre_hook(self._stash_input, with_kwargs=True))
+        else:
+            if parametrize.is_parametrized(map, "weight"):
+                handles.append(map.register_forward_pre_hook(_keep_weight))
+                handles.append(map.register_forward_hook(_tag_output, with_kwargs=True))
+                handles.append(map.register_forward_hook(_release_weight, always_call=True))
+            else:
+                handles.append(map.register_forward_hook(_tag_output, with_kwargs=True))
+        self._links.append(Link(map, geometry, inside, tuple(handles)))
+        self.exclusive = self.exclusive and exclusive
+        return self
+
+    def unfollow(self) -> None:
+        """Forget every map and take the hooks off them."""
+        for link in self._links:
+            for handle in link.handles:
+                handle.remove()
+        self._links, self._stash, self.exclusive = [], None, True
+
+    def take_feed(self, y: Tensor) -> tuple[int, Feed | None]:
+        """The run of a followed map that made ``y``, and the map's index; (-1, None) for a norm that follows none.
+
+        Raises:
+            AnybatchError: ``y`` is not what one of the maps put out.
+        """
+        if not self._links:
+            return -1, None
+        feed: Feed | None = getattr(y, _TAG, None)
+        if feed is None and self._stash is not None:
+            feed, self._stash = self._stash, None
+            return next(i for i, link in enumerate(self._links) if link.map is feed.map), feed
+        for i, link in enumerate(self._links):
+            if feed is not None and link.map is feed.map:
+                if feed.version != y._version:
+                    break
+                return i, feed
+        raise AnybatchError(
+            f"{type(self).__name__}({self.num_features}): its input of shape {tuple(y.shape)} is not the untouched output "
+            f"of {' or '.join(str(link.map) for link in self._links)}, which it follows. Convert the model again with "
+            "example inputs that show how it runs now, or call unfollow() to pool without compensation"
+        )
+
+    def _stash_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._stash = _feed(module, args, kwargs, 0)
+
+
+def _feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], version: int) -> Feed:
+    x = args[0] if args else kwargs["input"]
+    geometry = LinearMap.of(module)
+    assert geometry is not None
+    return Feed(module, geometry, x.detach(), module.weight, module.bias, version)  # type: ignore[arg-type]
+
+
+def _tag_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    setattr(output, _TAG, _feed(module, args, kwargs, output._version))
+
+
+def _keep_weight(module: nn.Module, args: Any) -> None:
+    # A parametrized weight is computed anew at every access; the cache makes the hook see the one that made the output.
+    context = parametrize.cached()
+    context.__enter__()
+    module.__dict__.setdefault("_anybatch_cached", []).append(context)
+
+
+def _release_weight(module: nn.Module, args: Any, output: Any) -> None:
+    stack = module.__dict__.get("_anybatch_cached")
+    if stack:
+        stack.pop().__exit__(None, None, None)

@@ -1,0 +1,96 @@
+"""The history of a Cross-Iteration BatchNorm layer: one preallocated ring, on the device of its input.
+
+Training state, like an optimizer's moments: neither parameter nor buffer. One slot of the ring is always free; a batch
+is written there and only a batch with finite moments moves the ring on, so a bad one costs no old entry, and nobody
+waits for the device to find out. Letters: T slots (= window), C channels, G groups, K values of a patch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.affine import Reductions
+from ..core.moments import Moments
+from ..core.taylor import Entries
+from ..errors import AnybatchError
+
+__all__ = ["History"]
+
+_FIELDS = ("count", "scalars", "patch", "covariance", "slot", "forwards", "reductions", "backwards")
+
+
+class History:
+    """The last window - 1 batches of one norm behind one map, and the running averages of its two reductions.
+
+    State: count (T,), scalars (T, 4, C): mean, var, mean_at, var_at of :class:`Entries`, patch (T, G, K),
+    covariance (T, C, K), slot (1,) int64: the free one, forwards () int64, reductions (2, C), backwards ().
+    """
+
+    def __init__(self, window: int, covariance: Tensor, patch: Tensor) -> None:
+        channels, k = covariance.shape
+        zeros = covariance.new_zeros
+        self.count = zeros(window)
+        self.scalars = zeros(window, 4, channels)
+        self.patch = zeros(window, patch.shape[0], k)
+        self.covariance = zeros(window, channels, k)
+        self.slot = zeros(1, dtype=torch.int64)
+        self.forwards = zeros((), dtype=torch.int64)
+        self.reductions = zeros(2, channels)
+        self.backwards = zeros(())
+
+    def entries(self) -> Entries:
+        """The ring as the core reads it; empty slots have count 0."""
+        return Entries(self.count, *self.scalars.unbind(1), self.patch, self.covariance)
+
+    def push_(self, now: Moments, ok: Tensor, mean_at: Tensor, var_at: Tensor, patch: Tensor, cov: Tensor) -> None:
+        """Write a batch into the free slot, and free the oldest if ``ok`` (a bool on the device)."""
+        # A slot of count 0 is multiplied by zero, so it must hold no nan.
+        scalars = torch.stack([now.mean, now.var, mean_at, var_at]).nan_to_num(0.0, 0.0, 0.0)
+        self.scalars.index_copy_(0, self.slot, scalars[None])
+        if patch.numel():
+            self.patch.index_copy_(0, self.slot, patch.nan_to_num(0.0, 0.0, 0.0)[None])
+            self.covariance.index_copy_(0, self.slot, cov.nan_to_num(0.0, 0.0, 0.0)[None])
+        self.count.index_fill_(0, self.slot, float(now.count))
+        self.slot.add_(ok).remainder_(self.count.shape[0])
+        self.count.index_fill_(0, self.slot, 0.0)
+        self.forwards.add_(1)
+
+    def average_(self, sums: Reductions, count: int, over: int) -> Reductions:
+        """Average E[g], E[g * y_hat] over the last ``over`` backwards (exactly so before, exponentially after).
+
+        A backward with a gradient that is not finite leaves the averages as they were.
+        """
+        new = torch.stack(list(sums)) / count
+        ok = torch.isfinite(new).all()
+        self.backwards.add_(ok)
+        step = torch.where(ok, new - self.reductions, 0.0) / self.backwards.clamp(1, over)
+        self.reductions.add_(step)
+        return Reductions(*self.reductions.clone().unbind(0))
+
+    def to(self, device: torch.device) -> "History":
+        """Move to where the input is."""
+        if self.count.device == device:
+            return self
+        for field in _FIELDS:
+            setattr(self, field, getattr(self, field).to(device))
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the tensors by name."""
+        return {field: getattr(self, field).clone() for field in _FIELDS}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], device: torch.device, where: str) -> "History":
+        """A history from what :meth:`state_dict` gave.
+
+        Raises:
+            AnybatchError: a tensor is missing, or their shapes do not fit each other.
+        """
+        missing = [f for f in _FIELDS if not isinstance(state.get(f), Tensor)]
+        if missing:
+            raise AnybatchError(f"history of {where}: no tensor {', '.join(missing)} in it; save it anew")
+        history = cls.__new__(cls)
+        for field in _FIELDS:
+            setattr(history, field, state[field].to(device, copy=True))
+        return history

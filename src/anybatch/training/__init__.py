@@ -1,0 +1,6 @@
+"""What a training loop needs of the layers."""
+
+from .history import history_state_dict as history_state_dict
+from .history import load_history_state_dict as load_history_state_dict
+
+__all__ = ["history_state_dict", "load_history_state_dict"]

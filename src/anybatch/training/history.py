@@ -1,0 +1,47 @@
+"""The history of a model's layers, saved beside the optimizer's state: plain tensors and numbers, weights-only loadable."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..errors import AnybatchError
+from ..layers.cbn import CrossIterationBatchNorm
+
+__all__ = ["history_state_dict", "load_history_state_dict"]
+
+_VERSION = 1
+
+
+def history_state_dict(model: nn.Module) -> dict[str, Any]:
+    """Everything besides ``model.state_dict()`` that training goes on from: ``{"version", "layers": {name: ...}}``.
+
+    Tensors are copies. With the model's and the optimizer's state, resuming is bit-identical to not having stopped.
+    """
+    layers = {
+        name: module.history_state()
+        for name, module in model.named_modules()
+        if isinstance(module, CrossIterationBatchNorm)
+    }
+    return {"version": _VERSION, "layers": layers}
+
+
+def load_history_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Take up the history that :func:`history_state_dict` saved. All or nothing.
+
+    Raises:
+        AnybatchError: the state is of another version, names other layers than the model has, or does not fit them.
+    """
+    if not isinstance(state, Mapping) or state.get("version") != _VERSION or not isinstance(state.get("layers"), Mapping):
+        raise AnybatchError(f"load_history_state_dict: not a history of version {_VERSION}; save it with history_state_dict")
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, CrossIterationBatchNorm)}
+    saved = state["layers"]
+    if set(saved) != set(modules):
+        only_saved, only_model = sorted(set(saved) - set(modules)), sorted(set(modules) - set(saved))
+        raise AnybatchError(
+            f"load_history_state_dict: the state has layers {only_saved} that the model has not, and the model "
+            f"{only_model} that the state has not; convert the model as it was converted when the state was saved"
+        )
+    histories = {name: modules[name].read_history_state(saved[name], name) for name in saved}
+    for name, history in histories.items():
+        modules[name].histories = history
