@@ -81,7 +81,7 @@ class CBN(NormConfig):
         gradient: 'history' or 'current'.
         compensate: carry past moments over to today's weights.
         pooling: 'samples' or 'equal'.
-        expansion: 'variance' or 'second_moment'.
+        expansion: 'deviation' or 'second_moment'.
         average_reductions: backwards over which the reductions for earlier layers are averaged; 0 for none.
         momentum_batch: examples at which momentum is torch's; None: every forward counts the same.
         running: 'total' or 'torch'.
@@ -92,7 +92,7 @@ class CBN(NormConfig):
     gradient: Literal["history", "current"] = "history"
     compensate: bool = True
     pooling: Literal["samples", "equal"] = "samples"
-    expansion: Literal["variance", "second_moment"] = "variance"
+    expansion: Literal["deviation", "second_moment"] = "deviation"
     average_reductions: int = 128
     momentum_batch: int | None = 32
     running: Literal["total", "torch"] = "total"

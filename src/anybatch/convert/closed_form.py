@@ -1,14 +1,16 @@
 """Does a linear map explain what a norm saw?  The test every pair must pass before anything may rely on it.
 
-For y = W p + b, whatever the map's stride, groups or padding:  E[y] = <E[p], W> + b  and  var(y) = <E[(y - E[y]) p], W>.
+For y = W p + b, whatever the map's stride, groups or padding:
+
+    E[y] = <E[p], W> + b        var(y) = <E[(y - E[y]) p], W>
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from anybatch.core.linear_map import LinearMap
-from anybatch.core.moments import compute_dtype, moments
+from ..core.linear_map import LinearMap
+from ..core.moments import compute_dtype, moments
 
 __all__ = ["mismatch", "unsteady"]
 
@@ -65,8 +67,8 @@ def _explains(linear: LinearMap, x: Tensor, y: Tensor, weight: Tensor, bias: Ten
 def unsteady(module: nn.Module) -> bool:
     """Whether reading the map's weight in training changes it, as spectral_norm's power iteration does.
 
-    Such a weight cannot be asked for after the fact: the answer is not the weight that made the output. The probe may
-    move the parametrization's buffers; the caller restores them.
+    Without a cache around both, such a weight cannot be had beside the map's forward: the answer is not the weight that
+    makes the output. The probe may move the parametrization's buffers; the caller restores them.
     """
     if not parametrize.is_parametrized(module, "weight"):
         return False

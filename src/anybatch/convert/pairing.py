@@ -12,9 +12,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from anybatch.core.linear_map import LinearMap
-from anybatch.errors import AnybatchError
-
+from ..core.linear_map import LinearMap
+from ..errors import AnybatchError
 from .snapshot import untouched
 from .tracing import Ledger, Visit
 

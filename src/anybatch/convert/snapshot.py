@@ -16,7 +16,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Run the body without gradients or warnings, then restore modes, buffers and random states, also on an error.
 
     Args:
-        model: whose modules are restored. A buffer that the body put in another's place goes too; buffers it added stay.
+        model: whose modules are restored. Buffers that the body added stay.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]

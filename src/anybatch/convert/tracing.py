@@ -5,33 +5,42 @@ of a tensor, so control flow in the model is no obstacle.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from anybatch.core.linear_map import LinearMap
-from anybatch.errors import AnybatchError
-
+from ..core.linear_map import LinearMap
+from ..errors import AnybatchError
 from .closed_form import mismatch, unsteady
 from .snapshot import untouched
 
 __all__ = ["Call", "Ledger", "Trail", "Visit"]
 
 # Functions that rearrange values without computing on them.
-_REARRANGES = frozenset(
-    "view reshape flatten unflatten permute transpose movedim squeeze unsqueeze contiguous t swapaxes swapdims view_as "
-    "reshape_as expand chunk split unbind detach clone to float half double T mT __getitem__".split()
-)
-# Functions that return their own argument when there is nothing to do.
-_IDLE = frozenset("contiguous to float half double bfloat16 type type_as cpu cuda requires_grad_ expand".split())
+_REARRANGES = {
+    *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "expand"),
+    *("permute", "transpose", "movedim", "swapaxes", "swapdims", "t", "T", "mT", "chunk", "split", "unbind"),
+    *("__getitem__", "contiguous", "detach", "clone", "to", "float", "half", "double"),
+}
+# Functions that give back their own argument when there is nothing to do.
+_IDLE = {
+    *("contiguous", "expand", "to", "float", "half", "double", "bfloat16", "type", "type_as", "cpu", "cuda"),
+    "requires_grad_",
+}
 # Functions that read values though no tensor comes back.
-_READS = frozenset("item tolist numpy __array__ __setitem__ equal allclose".split())
+_READS = {"item", "tolist", "numpy", "__array__", "__setitem__", "equal", "allclose"}
+# Functions that are what a map's forward calls.
+_MAPS = {
+    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    *("linear", "matmul", "__matmul__", "einsum"),
+}
 
 
 @dataclasses.dataclass
@@ -81,8 +90,10 @@ class Ledger(TorchFunctionMode):
         self._model = model
         self._maps = [module for module in self.names if LinearMap.of(module) is not None]
         self._weights = {id(weight): module for module in self._maps for weight in module.parameters(recurse=False)}
-        self._trails: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> Trail
-        self._inputs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # output of a map -> input of the map
+        self._trails: MutableMapping[Tensor, Trail] = WeakIdKeyDictionary()
+        self._inputs: MutableMapping[Tensor, Tensor | None] = (
+            WeakIdKeyDictionary()
+        )  # output of a map -> input of the map
         self._running: list[tuple[Call, Tensor | None]] = []
         self._normalising: list[Tensor | None] = []
         self._unsteady: set[nn.Module] = set()
@@ -111,7 +122,8 @@ class Ledger(TorchFunctionMode):
             for tensor in _tensors((args, kwargs)):
                 self._trails[tensor] = Trail("an input of the model")
             try:
-                with self:
+                # One reading of a parametrized weight, so that the check sees the weight that made the output.
+                with self, parametrize.cached():
                     output = self._model(*args, **kwargs)
             except Exception as error:
                 mode = "training" if self._model.training else "evaluation"
@@ -124,7 +136,7 @@ class Ledger(TorchFunctionMode):
                 if trail := self._trails.get(tensor):
                     trail.readers.append("the model's output")
 
-    def __torch_function__(  # noqa: D102 (torch's protocol)
+    def __torch_function__(
         self,
         func: Callable[..., Any],
         types: Sequence[type],
@@ -181,7 +193,9 @@ class Ledger(TorchFunctionMode):
         y = _first(args, kwargs)
         self._normalising.append(y)
         self._paused = True
-        self.visits[norm].append(Visit(None, reason="it was called on no tensor") if y is None else self._visit(norm, y))
+        self.visits[norm].append(
+            Visit(None, reason="it was called on no tensor") if y is None else self._visit(norm, y)
+        )
         self._paused = False
 
     def _norm_ends(self, norm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -199,8 +213,8 @@ class Ledger(TorchFunctionMode):
             call, x = around[-1]
             call.output = trail
         call.norms.append(norm)
-        if call.map in self._unsteady:
-            reason = "every reading of the map's weight changes it (spectral_norm and the like)"
+        if inside and call.map in self._unsteady:
+            reason = "every reading of the weight of the map around it changes that weight (spectral_norm)"
         elif trail.changed_by and not inside:
             reason = f"{' and '.join(trail.changed_by)} stands between the map and it"
         elif x is None:
@@ -216,15 +230,10 @@ class Ledger(TorchFunctionMode):
             origin = origin.source
         if origin is not None and origin.call is not None:
             return f"the output of '{self.names[origin.call.map]}' passes through {', '.join(reversed(hops))} before it"
-        functional = " (a function called on its own: no module to follow)" if trail.made_by in _FUNCTIONAL else ""
+        functional = " (a function called on its own: no module to follow)" if trail.made_by in _MAPS else ""
         return f"fed by no linear map: it normalises the result of {trail.made_by}{functional}".replace(
             "the result of an ", "an "
         )
-
-
-_FUNCTIONAL = frozenset(
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear matmul einsum".split()
-)
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -41,20 +41,20 @@ def moments(x: Tensor) -> Moments:
     return Moments(mean, var, count)
 
 
-def pool(means: Tensor, variances: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def pool(means: Tensor, variances: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     """Moments of T batches taken together, from the moments of each.
 
-    mean = sum_t w_t mean_t,  var = sum_t w_t var_t + sum_t w_t (mean_t - mean)^2,  w = weights / sum(weights)
+    mean = sum_t s_t mean_t,  var = sum_t s_t ( var_t + (mean_t - mean)^2 )
 
     Args:
-        means: (T, C).
-        variances: (T, C), population.
-        weights: (T,), not negative, at least one positive; the counts of the batches make this the moments of their
+        means: (C, T).
+        variances: (C, T), population.
+        shares: (T,), not negative, of sum one; in proportion to the batches' counts they make this the moments of the
             concatenation.
     """
-    w = (weights / weights.sum()).unsqueeze(1)
-    mean = (w * means).sum(0)
-    return mean, (w * (variances + (means - mean).square())).sum(0)
+    mean = (means * shares).sum(1)
+    spread = means - mean.unsqueeze(1)
+    return mean, (torch.addcmul(variances, spread, spread) * shares).sum(1)
 
 
 def bessel(var: Tensor, count: int) -> Tensor:

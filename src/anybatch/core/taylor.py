@@ -1,17 +1,22 @@
 """Past moments carried over to today's weights, and the gradient through them.
 
-For entry t of the history, taken at weights W_t, and delta_t = mean_t(W) - mean_t:
+For entry t of the history, taken at weights W_t, with c_t = E_t[(y - mean_t) p], so that d var_t / dW = 2 c_t:
 
-    mean_t(W) = mean_t + <E_t[p], W - W_t> + b - b_t               exact: the mean is linear in W
-    var_t(W)  = var_t + <2 E_t[(y - mean_t) p], W - W_t>           first order; 'variance' expansion
-    var_t(W)  =   ... - delta_t^2                                  'second_moment' expansion, the paper's
-    var_t(W)  = max(var_t(W), 0)                                   the paper's floor max(nu, mu^2)
+    mean_t(W) = mean_t + <E_t[p], W - W_t> + b - b_t                    exact: the mean is linear in W
+    'deviation':      sd_t(W) = sd_t + <c_t, W - W_t> / sd_t,  var_t(W) = sd_t(W)^2 = var_t (<c_t, W> / <c_t, W_t>)^2
+    'second_moment':  nu_t(W) = nu_t + <d nu_t / dW, W - W_t>,  var_t(W) = max(nu_t(W), mean_t(W)^2) - mean_t(W)^2
 
-The paper expands nu = E[y^2] to first order and subtracts mu(W)^2; written in central moments that is the line with
-- delta^2, and nothing cancels at large means. True variance less the expansion is d^T Cov(p) d >= 0 for 'variance' and
-d^T E[p p^T] d for 'second_moment', d = W - W_t: the former leaves out (E[p] . d)^2, which is no small part of it when
-the inputs come out of a ReLU. W_t enters by two scalars a channel, <E_t[p], W_t> + b_t and <E_t[(y - mean) p], W_t>,
-so no copy of old weights is kept. Letters: T entries, C channels, G groups, K values of a patch.
+The second is the paper's, nu = E[y^2]. It is computed as var_t + 2 <c_t, W - W_t> - delta_t^2 with
+delta_t = mean_t(W) - mean_t, floored at zero, so that nothing cancels at large means.
+
+Why the standard deviation: <c_t, W> is the covariance of the entry's outputs under W_t and under W, so by
+Cauchy-Schwarz var_t(W) is below the true variance by var (1 - correlation^2): what is left when one is regressed on the
+other. Expanding the variance itself leaves the variance of their plain difference, which is more, and expanding E[y^2]
+leaves its second moment, which is more again. It is never negative, so no floor is needed, and it is homogeneous of
+degree 2 in W, as the variance is: the normalised output stays exactly blind to the scale of W.
+
+W_t enters by two scalars a channel, <E_t[p], W_t> + b_t and <c_t, W_t>, so no copy of old weights is kept.
+Letters: T entries, C channels, G groups, K values of a patch.
 """
 
 from typing import NamedTuple
@@ -26,63 +31,69 @@ class Entries(NamedTuple):
     """Past batches; entries of count 0 are empty slots and hold zeros."""
 
     count: Tensor  # (T,) values per channel
-    mean: Tensor  # (T, C)
-    var: Tensor  # (T, C) population
-    mean_at: Tensor  # (T, C) <E[p], W_t> + b_t, at the entry's own weights
-    var_at: Tensor  # (T, C) <E[(y - mean) p], W_t>
-    patch: Tensor  # (T, G, K) E[p]
-    covariance: Tensor  # (T, C, K) E[(y - mean) p]
+    mean: Tensor  # (C, T)
+    var: Tensor  # (C, T) population
+    mean_at: Tensor  # (C, T) <E[p], W_t> + b_t, at the entry's own weights
+    var_at: Tensor  # (C, T) <E[(y - mean) p], W_t>
+    patch: Tensor  # (G, T, K) E[p]
+    covariance: Tensor  # (C, T, K) E[(y - mean) p]
 
 
 class Carried(NamedTuple):
-    """Past moments at today's weights."""
+    """Past moments at today's weights, and how they answer to them."""
 
-    mean: Tensor  # (T, C)
-    var: Tensor  # (T, C), floored
-    delta: Tensor  # (T, C) how far the mean moved
-    live: Tensor  # (T, C) bool: not floored, the variance answers to W
+    mean: Tensor  # (C, T)
+    var: Tensor  # (C, T)
+    var_by_patch: Tensor  # (C, T) d var_t / dW_c = var_by_patch * E_t[p] + var_by_covariance * c_t; d / db the former
+    var_by_covariance: Tensor  # (C, T)
 
 
 def mean_response(patch: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-    """<E[p], W_c> + b_c for patches (T, G, K) and weights (C, K): (T, C)."""
-    groups = patch.shape[1]
-    out = torch.einsum("tgk,gck->tgc", patch, rows.unflatten(0, (groups, rows.shape[0] // groups))).flatten(1)
-    return out if bias is None else out + bias
+    """<E[p], W_c> + b_c for patches (G, T, K) and weights (C, K): (C, T)."""
+    out = torch.matmul(_by_group(rows, patch), patch.transpose(1, 2)).flatten(0, 1)
+    return out if bias is None else out + bias.unsqueeze(1)
 
 
 def variance_response(covariance: Tensor, rows: Tensor) -> Tensor:
-    """<E[(y - mean) p]_c, W_c> for covariances (T, C, K) and weights (C, K): (T, C)."""
-    return torch.einsum("tck,ck->tc", covariance, rows)
+    """<E[(y - mean) p]_c, W_c> for covariances (C, T, K) and weights (C, K): (C, T)."""
+    return torch.bmm(covariance, rows.unsqueeze(2)).squeeze(2)
 
 
 def carry(past: Entries, rows: Tensor, bias: Tensor | None, second_moment: bool) -> Carried:
     """Carry the moments of past batches over to the weights ``rows`` (C, K) and ``bias`` (C,)."""
     delta = mean_response(past.patch, rows, bias) - past.mean_at
-    var = past.var + 2 * (variance_response(past.covariance, rows) - past.var_at)
+    response = variance_response(past.covariance, rows)
+    mean = past.mean + delta
     if second_moment:
-        var = var - delta.square()
-    return Carried(past.mean + delta, var.clamp_min(0), delta, var > 0)
+        var = past.var + 2 * (response - past.var_at) - delta.square()
+        live = (var > 0).to(var.dtype)
+        return Carried(mean, var.clamp_min(0), -2 * live * delta, 2 * live)
+    alive = past.var_at > 0  # a constant channel has c = 0 and stays constant
+    ratio = torch.where(alive, response / past.var_at, 1.0)
+    slope = past.var * ratio
+    return Carried(mean, slope * ratio, torch.zeros_like(mean), torch.where(alive, 2 * slope / past.var_at, 0.0))
 
 
 def history_gradient(
-    past: Entries, carried: Carried, shares: Tensor, pooled_mean: Tensor, second_moment: bool
+    past: Entries, carried: Carried, shares: Tensor, pooled_mean: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How the pooled moments answer to today's weights through the history, per channel.
 
     With pooled mean and var of :func:`anybatch.core.moments.pool` and shares s_t (T,) of the entries,
 
         d mean / dW_c = sum_t s_t E_t[p]
-        d var / dW_c  = sum_t s_t ( 2 (mean_t - mean) E_t[p] + live_t ( 2 E_t[(y - mean_t) p] [- 2 delta_t E_t[p]] ) )
+        d var / dW_c  = sum_t s_t ( 2 (mean_t - mean) E_t[p] + d var_t / dW_c )
 
     Returns:
         d mean / dW (G, K), d var / dW (C, K), d var / db (C,); d mean / db is sum(shares).
     """
-    share = shares.unsqueeze(1)
-    live = carried.live * share
-    spread = share * (carried.mean - pooled_mean)
-    if second_moment:
-        spread = spread - live * carried.delta
-    groups = past.patch.shape[1]
-    by_patch = torch.einsum("tgc,tgk->gck", spread.unflatten(1, (groups, -1)), past.patch).flatten(0, 1)
-    by_covariance = torch.einsum("tc,tck->ck", live, past.covariance)
-    return torch.einsum("t,tgk->gk", shares, past.patch), 2 * (by_patch + by_covariance), 2 * spread.sum(0)
+    of_patch = shares * (2 * (carried.mean - pooled_mean.unsqueeze(1)) + carried.var_by_patch)
+    by_patch = torch.matmul(_by_group(of_patch, past.patch), past.patch).flatten(0, 1)
+    by_covariance = torch.bmm((shares * carried.var_by_covariance).unsqueeze(1), past.covariance).squeeze(1)
+    return torch.matmul(shares, past.patch), by_patch + by_covariance, of_patch.sum(1)
+
+
+def _by_group(of_channels: Tensor, patch: Tensor) -> Tensor:
+    """(C, *) as (G, C / G, *)."""
+    groups = patch.shape[0]
+    return of_channels.unflatten(0, (groups, of_channels.shape[0] // groups))

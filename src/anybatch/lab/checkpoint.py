@@ -10,12 +10,12 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from anybatch import history_state_dict, load_history_state_dict
 from anybatch.errors import AnybatchError
 from anybatch.lab import machine
 from anybatch.lab.config import RunConfig
 from anybatch.lab.data import Dataset
 from anybatch.lab.files import write_atomically
+from anybatch.training import history_state_dict, load_history_state_dict
 
 __all__ = ["CONFIG", "MODEL", "TRAINING", "Counters", "load", "save"]
 

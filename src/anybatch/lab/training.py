@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybatch import convert_
+from anybatch.convert import convert_
 from anybatch.errors import AnybatchError
 from anybatch.lab import checkpoint as checkpoints
 from anybatch.lab import machine, networks
@@ -68,7 +68,8 @@ class RunResult:
     def record(self) -> dict[str, Any]:
         """The run as plain values, for JSON."""
         record = asdict(self)
-        return record | record.pop("facts")
+        facts: dict[str, Any] = record.pop("facts")
+        return record | facts
 
 
 def run_key(config: RunConfig, dataset: Dataset) -> str:
@@ -132,15 +133,15 @@ def train_run(
     while done.epoch < config.epochs and not diverged:
         model.train()
         losses: list[Tensor] = []
-        permutation = torch.randperm(len(dataset.train_images), generator=order)
-        for update, indices in enumerate(permutation.split(config.gradient_batch)[:updates]):
+        permutation = torch.randperm(len(dataset.train_images), generator=order)[: updates * config.gradient_batch]
+        for update, indices in enumerate(permutation.view(updates, -1).unbind()):
             images = dataset.normalise(dataset.train_images[indices].to(config.device))
             labels = dataset.train_labels[indices].to(config.device)
             optimizer.zero_grad()
-            for x, y in zip(images.split(config.batch), labels.split(config.batch), strict=True):
+            for x, y in zip(images.chunk(micro_batches), labels.chunk(micro_batches), strict=True):
                 loss = F.cross_entropy(model(x), y)
                 losses.append(loss.detach())
-                (loss / (micro_batches // steps_per_update)).backward()
+                torch.autograd.backward(loss / (micro_batches // steps_per_update))
                 if config.mode == "step":
                     _step(optimizer, peak_lr, done, steps)
                     optimizer.zero_grad()
@@ -197,8 +198,9 @@ def evaluate(
     )
     model.eval()
     correct, loss = 0.0, 0.0
-    for x, y in zip(images.split(EVALUATION_BATCH), labels.to(device).split(EVALUATION_BATCH), strict=True):
-        logits = model(dataset.normalise(x.to(device)))
+    for start in range(0, len(labels), EVALUATION_BATCH):
+        y = labels[start : start + EVALUATION_BATCH].to(device)
+        logits = model(dataset.normalise(images[start : start + EVALUATION_BATCH].to(device)))
         correct += float((logits.argmax(1) == y).sum())
         loss += float(F.cross_entropy(logits, y, reduction="sum"))
     mean_loss = loss / len(labels)

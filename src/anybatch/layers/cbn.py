@@ -15,7 +15,7 @@ carried moments into W, which makes it blind to the scale of W again: <dL/dW, W>
 flows on to earlier layers is a (g - R1 - y_hat R2), a = gamma / sqrt(var_bar + eps), with R1, R2 the averages of E[g],
 E[g y_hat] over ``average_reductions`` backwards.
 
-Deviations from the paper, each an option: central second moments are expanded instead of E[y^2] (``expansion``), the
+Deviations from the paper, each an option: the standard deviation is expanded instead of E[y^2] (``expansion``), the
 gradient flows through the history (``gradient``), the reductions for earlier layers are averaged, entries pool by count
 (``pooling``), and the running statistics' momentum counts examples (``momentum_batch``) and gives the total variance.
 """
@@ -40,7 +40,7 @@ __all__ = ["CrossIterationBatchNorm"]
 _CHOICES = {
     "gradient": ("history", "current"),
     "pooling": ("samples", "equal"),
-    "expansion": ("variance", "second_moment"),
+    "expansion": ("deviation", "second_moment"),
     "running": ("total", "torch"),
 }
 _LEAST = {"window": 1, "average_reductions": 0, "burn_in_steps": 0, "momentum_batch": 1}
@@ -81,7 +81,7 @@ class CrossIterationBatchNorm(FedLayer):
         gradient: 'history' (through the carried moments) or 'current' (the paper's).
         compensate: carry past moments over to today's weights; False is naive CBN.
         pooling: 'samples' or 'equal'.
-        expansion: 'variance' or 'second_moment' (the paper's), what is expanded to first order.
+        expansion: 'deviation' or 'second_moment' (the paper's), what is expanded to first order.
         average_reductions: backwards over which the two reductions for earlier layers are averaged; 0 for the current
             batch's own share.
         momentum_batch: examples of a batch at which ``momentum`` is torch's; a smaller batch of n moves the running
@@ -97,7 +97,7 @@ class CrossIterationBatchNorm(FedLayer):
     Raises:
         AnybatchError: an option out of its range, or an input that does not fit the layer or is not what its map made.
 
-    Source: section 3 of the paper; the history gradient, central expansion and averaged reductions are ours.
+    Source: section 3 of the paper; the history gradient, expansion of the deviation and averaged reductions are ours.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class CrossIterationBatchNorm(FedLayer):
         gradient: Literal["history", "current"] = "history",
         compensate: bool = True,
         pooling: Literal["samples", "equal"] = "samples",
-        expansion: Literal["variance", "second_moment"] = "variance",
+        expansion: Literal["deviation", "second_moment"] = "deviation",
         average_reductions: int = 128,
         momentum_batch: int | None = 32,
         running: Literal["total", "torch"] = "total",
@@ -167,10 +167,10 @@ class CrossIterationBatchNorm(FedLayer):
         device = next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
         histories = {int(i): History.from_state_dict(s, device, where) for i, s in state.items()}
         for history in histories.values():
-            shape = (self.window, self.num_features)
+            shape = (self.num_features, self.window)
             if history.covariance.shape[:2] != shape:
                 raise AnybatchError(
-                    f"history of {where}: saved with (window, channels) = {tuple(history.covariance.shape[:2])}, the "
+                    f"history of {where}: saved with (channels, window) = {tuple(history.covariance.shape[:2])}, the "
                     f"layer has {shape}; convert the model with the config it was saved with"
                 )
         return histories
@@ -224,9 +224,9 @@ class CrossIterationBatchNorm(FedLayer):
         used = past.count if samples else past.count.sign()
         used = used * (history.forwards >= self.burn_in_steps)
         weights = torch.cat([used.new_full((1,), float(now.count) if samples else 1.0), used])
-        means, variances = torch.cat([now.mean[None], carried.mean]), torch.cat([now.var[None], carried.var])
-        mean, var = pool(means, variances, weights)
         shares = weights / weights.sum()
+        means, variances = torch.cat([now.mean[:, None], carried.mean], 1), torch.cat([now.var[:, None], carried.var], 1)
+        mean, var = pool(means, variances, shares)
         share = shares[0]
         if now.count == 1 and self.running_mean is not None and self.running_var is not None:
             # One value has no variance of its own: without history it is normalised by the running statistics.
@@ -235,26 +235,27 @@ class CrossIterationBatchNorm(FedLayer):
             share = share * ~alone
         if self.gradient == "current":
             return Pooled(mean, var, share, None, None)
-        mean_by_weight, var_by_weight, var_by_bias = history_gradient(past, carried, shares[1:], mean, self.second_moment)
+        mean_by_weight, var_by_weight, var_by_bias = history_gradient(past, carried, shares[1:], mean)
         return Pooled(mean, var, share, (mean_by_weight, var_by_weight), (shares[1:].sum(), var_by_bias))
 
     def _push(self, history: History, batch: Batch, examples: int) -> None:
         now = batch.now
-        ok = torch.isfinite(now.mean + now.var).all()
-        mean_at = mean_response(batch.patch[None], batch.rows, batch.bias)[0]
-        var_at = variance_response(batch.covariance[None], batch.rows)[0]
+        ok = torch.isfinite((now.mean + now.var).sum())
+        mean_at = mean_response(batch.patch.unsqueeze(1), batch.rows, batch.bias)[:, 0]
+        var_at = variance_response(batch.covariance.unsqueeze(1), batch.rows)[:, 0]
         history.push_(now, ok, mean_at, var_at, batch.patch, batch.covariance)
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             self._update_running(now, ok, examples)
 
     def _update_running(self, now: Moments, ok: Tensor, examples: int) -> None:
         self.num_batches_tracked.add_(ok)
+        moved = ok.to(now.mean.dtype)
         if self.momentum is None:
-            rate = ok / self.num_batches_tracked.clamp_min(1)
+            rate = moved / self.num_batches_tracked.clamp_min(1)
         elif self.momentum_batch is None:
-            rate = ok * self.momentum
+            rate = moved * self.momentum
         else:
-            rate = ok * (1 - (1 - self.momentum) ** min(1.0, examples / self.momentum_batch))
+            rate = moved * (1 - (1 - self.momentum) ** min(1.0, examples / self.momentum_batch))
         var = bessel(now.var, now.count) if self.torch_running else now.var
         mean, var = torch.where(ok, now.mean, 0.0), torch.where(ok, var, 0.0)
         update_running_(self.running_mean, self.running_var, mean, var, rate, total=not self.torch_running)

@@ -23,17 +23,17 @@ _FIELDS = ("count", "scalars", "patch", "covariance", "slot", "forwards", "reduc
 class History:
     """The last window - 1 batches of one norm behind one map, and the running averages of its two reductions.
 
-    State: count (T,), scalars (T, 4, C): mean, var, mean_at, var_at of :class:`Entries`, patch (T, G, K),
-    covariance (T, C, K), slot (1,) int64: the free one, forwards () int64, reductions (2, C), backwards ().
+    State: count (T,), scalars (4, C, T): mean, var, mean_at, var_at of :class:`Entries`, patch (G, T, K),
+    covariance (C, T, K), slot (1,) int64: the free one, forwards () int64, reductions (2, C), backwards ().
     """
 
     def __init__(self, window: int, covariance: Tensor, patch: Tensor) -> None:
         channels, k = covariance.shape
         zeros = covariance.new_zeros
         self.count = zeros(window)
-        self.scalars = zeros(window, 4, channels)
-        self.patch = zeros(window, patch.shape[0], k)
-        self.covariance = zeros(window, channels, k)
+        self.scalars = zeros(4, channels, window)
+        self.patch = zeros(patch.shape[0], window, k)
+        self.covariance = zeros(channels, window, k)
         self.slot = zeros(1, dtype=torch.int64)
         self.forwards = zeros((), dtype=torch.int64)
         self.reductions = zeros(2, channels)
@@ -41,16 +41,16 @@ class History:
 
     def entries(self) -> Entries:
         """The ring as the core reads it; empty slots have count 0."""
-        return Entries(self.count, *self.scalars.unbind(1), self.patch, self.covariance)
+        return Entries(self.count, *self.scalars.unbind(0), self.patch, self.covariance)
 
     def push_(self, now: Moments, ok: Tensor, mean_at: Tensor, var_at: Tensor, patch: Tensor, cov: Tensor) -> None:
         """Write a batch into the free slot, and free the oldest if ``ok`` (a bool on the device)."""
         # A slot of count 0 is multiplied by zero, so it must hold no nan.
-        scalars = torch.stack([now.mean, now.var, mean_at, var_at]).nan_to_num(0.0, 0.0, 0.0)
-        self.scalars.index_copy_(0, self.slot, scalars[None])
+        scalars = torch.stack([now.mean, now.var, mean_at, var_at]).nan_to_num_(0.0, 0.0, 0.0)
+        self.scalars.index_copy_(2, self.slot, scalars.unsqueeze(2))
         if patch.numel():
-            self.patch.index_copy_(0, self.slot, patch.nan_to_num(0.0, 0.0, 0.0)[None])
-            self.covariance.index_copy_(0, self.slot, cov.nan_to_num(0.0, 0.0, 0.0)[None])
+            self.patch.index_copy_(1, self.slot, patch.nan_to_num(0.0, 0.0, 0.0).unsqueeze(1))
+            self.covariance.index_copy_(1, self.slot, cov.nan_to_num(0.0, 0.0, 0.0).unsqueeze(1))
         self.count.index_fill_(0, self.slot, float(now.count))
         self.slot.add_(ok).remainder_(self.count.shape[0])
         self.count.index_fill_(0, self.slot, 0.0)
@@ -62,7 +62,7 @@ class History:
         A backward with a gradient that is not finite leaves the averages as they were.
         """
         new = torch.stack(list(sums)) / count
-        ok = torch.isfinite(new).all()
+        ok = torch.isfinite(new.sum())
         self.backwards.add_(ok)
         step = torch.where(ok, new - self.reductions, 0.0) / self.backwards.clamp(1, over)
         self.reductions.add_(step)

@@ -1,0 +1,198 @@
+"""The command line: parsing only; the work is in `anybatch.lab`."""
+
+import shlex
+import sys
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+from anybatch.errors import AnybatchError
+
+if missing := [
+    name for name in ("typer", "rich", "matplotlib", "jinja2", "numpy", "PIL", "safetensors") if not find_spec(name)
+]:
+    sys.stderr.write(f"Error: the command line needs {', '.join(missing)}: pip install 'anybatch[lab]'\n")
+    raise SystemExit(2)
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+__all__ = ["app"]
+
+# Modules that load torch or matplotlib are imported by the commands: --help and --version answer at once.
+
+
+class _Commands(TyperGroup):
+    """Turns what a user can mend into one line and exit code 2, and Ctrl-C into 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AnybatchError as error:
+            Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            Console(stderr=True).print("Interrupted.")
+            raise typer.Exit(130) from None
+
+
+class Mode(StrEnum):
+    """How gradients of micro-batches become steps."""
+
+    accumulate = "accumulate"
+    step = "step"
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Normalization that keeps its accuracy at any batch size: the experiments.",
+)
+
+MethodName = Annotated[str, typer.Option(help="As 'anybatch methods' lists them, with options: 'cbn(window=16)'.")]
+Data = Annotated[
+    str, typer.Option(help="'embedded' (8,000 images in the package), 'fashion-mnist', or a folder of images.")
+]
+TrainImages = Annotated[int | None, typer.Option(help="Train on only the first so many.", show_default="all")]
+TestImages = Annotated[int | None, typer.Option(help="Test on only the first so many.", show_default="all")]
+ImageSize = Annotated[int, typer.Option(help="Pixels a side that the images of a folder are resized to.")]
+Network = Annotated[str, typer.Option(help="'small-resnet' or 'resnet18'.")]
+LearningRate = Annotated[float, typer.Option(help="For a gradient batch of 32; falls to 0 along a cosine.")]
+GradientMode = Annotated[
+    Mode,
+    typer.Option(help="Below batch 32: accumulate gradients to 32 images, or step every time at lr * batch / 32."),
+]
+Device = Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:1', ...")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"anybatch {version('anybatch')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Normalization that keeps its accuracy at any batch size: the experiments."""
+
+
+@app.command()
+def compare(
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Once for each, as for train; '1/3' in quotes is that share of the training forwards."),
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Images a layer sees at once; once for each.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each; intervals need at least 2.")] = None,
+    data: Data = "embedded",
+    train_images: TrainImages = None,
+    test_images: TestImages = None,
+    image_size: ImageSize = 64,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
+    network: Network = "small-resnet",
+    lr: LearningRate = 0.1,
+    mode: GradientMode = Mode.accumulate,
+    device: Device = "cpu",
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time.", show_default="one a core")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for runs, figures and report.")] = Path("results/compare"),
+    quick: Annotated[bool, typer.Option("--quick", help="Few runs on few images: minutes, for a first look.")] = False,
+) -> None:
+    """Compare methods over batch sizes and seeds, against BatchNorm at batch 32; writes a report.
+
+    Finished runs are kept: the same command goes on where it was stopped, and a larger one does only what is new.
+    """
+    from anybatch.lab import compare as lab
+    from anybatch.lab import terminal
+    from anybatch.lab.config import RunConfig
+
+    preset = lab.QUICK if quick else lab.FULL
+    base = RunConfig(
+        data=data,
+        train_images=preset.train_images if train_images is None and data == "embedded" else train_images,
+        test_images=test_images,
+        image_size=image_size,
+        network=network,
+        epochs=epochs or preset.epochs,
+        lr=lr,
+        mode=mode.value,
+        device=device,
+    )
+    configs = lab.plan(base, method or preset.methods, batch or preset.batches, seeds or preset.seeds)
+    command = shlex.join(["anybatch", *sys.argv[1:]])
+    raise typer.Exit(terminal.compare(configs, out, jobs, command, Console(highlight=False)))
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Checkpoint folder: model.safetensors, training.pt, config.json.")],
+    method: MethodName = "cbn",
+    batch: Annotated[int, typer.Option(help="Images a layer sees at once; divides 32.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the initial weights and of the order of the images.")] = 0,
+    data: Data = "embedded",
+    train_images: TrainImages = None,
+    test_images: TestImages = None,
+    image_size: ImageSize = 64,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 3,
+    network: Network = "small-resnet",
+    lr: LearningRate = 0.1,
+    mode: GradientMode = Mode.accumulate,
+    device: Device = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from --out, exactly as if never stopped.")] = False,
+) -> None:
+    """Train one network with one method; saves a checkpoint after every epoch."""
+    from anybatch.lab import terminal
+    from anybatch.lab.config import RunConfig
+
+    config = RunConfig(
+        method=method,
+        batch=batch,
+        seed=seed,
+        data=data,
+        train_images=train_images,
+        test_images=test_images,
+        image_size=image_size,
+        network=network,
+        epochs=epochs,
+        lr=lr,
+        mode=mode.value,
+        device=device,
+    )
+    terminal.train(config, out, resume, Console(highlight=False))
+
+
+@app.command()
+def methods() -> None:
+    """List the methods."""
+    from anybatch.methods import METHODS
+
+    table = Table(box=None, pad_edge=False, header_style="dim", collapse_padding=True)
+    for column in (
+        "Method",
+        "What it does",
+        "Folds into\na convolution",
+        "Needs the\nfeeding map",
+        "Per\nexample",
+        "Source",
+    ):
+        table.add_column(column, overflow="fold")
+    for row in METHODS.values():
+        flags = ("yes" if flag else "–" for flag in (row.foldable, row.needs_map, row.per_example))
+        table.add_row(f"[bold]{escape(row.name)}[/]", escape(row.summary), *flags, escape(row.source))
+    Console(highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,131 @@
+"""Exact running statistics: the moments of a whole loader instead of a trailing average over training."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..core.moments import Moments, moments, pool
+from ..errors import AnybatchError
+
+__all__ = ["recalibrate_"]
+
+
+def recalibrate_(
+    model: nn.Module,
+    loader: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    batches: int | None = None,
+) -> int:
+    """Set every BatchNorm's running mean and variance to those of the loader's data, in place.
+
+    The variance is the total one, of all values seen: within and between batches, population. While the loader runs,
+    each norm normalises by its current batch, as torch's BatchNorm does in training, and all else evaluates (dropout is
+    off). Nothing but ``running_mean`` and ``running_var`` changes, no history either; if anything raises, nothing.
+
+    Args:
+        model: any model with norms of BatchNorm's family, converted or not; on the device of the data.
+        loader: gives batches, the larger the better.
+        forward: how to run the model on a batch; by default ``model(batch)``, ``model(batch[0])`` for a tuple or list
+            such as (images, labels), ``model(**batch)`` for a dict.
+        batches: stop after so many.
+
+    Returns:
+        The number of examples seen: the length of the first tensor of each batch, added up.
+
+    Raises:
+        AnybatchError: no batch, no norm reached, a batch with a single value per channel, or moments not finite.
+    """
+    if batches is not None and batches < 1:
+        raise AnybatchError(f"recalibrate_: batches={batches}; give at least 1, or None for the whole loader")
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    seen: dict[_BatchNorm, Moments] = {}
+    examples = 0
+    with _evaluating(model, norms), ExitStack() as hooks:
+        for name, norm in norms.items():
+            if norm.running_mean is not None:
+                hooks.callback(norm.register_forward_pre_hook(_observer(name, seen), with_kwargs=True).remove)
+        for batch in itertools.islice(loader, batches):
+            (forward or _default_forward)(model, batch)
+            examples += next((len(t) for t in _tensors(batch) if t.dim()), 1)
+        if not seen:
+            what = "the loader gave no batch" if not examples else "the batches reached no BatchNorm"
+            raise AnybatchError(f"recalibrate_: {what}; check the loader, and pass the model uncompiled")
+        for name, norm in norms.items():
+            if norm in seen and not torch.isfinite(seen[norm].mean + seen[norm].var).all():
+                raise AnybatchError(f"recalibrate_: '{name}' met moments that are not finite; check the loader's data")
+    for norm, total in seen.items():
+        _write(norm, total.mean, total.var)
+    return examples
+
+
+def _observer(name: str, seen: dict[_BatchNorm, Moments]) -> Callable[..., None]:
+    """A hook that adds the input's moments to ``seen`` and makes the norm, which evaluates, normalise by them."""
+
+    def observe(norm: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Tensor = args[0] if args else kwargs["input"]
+        if not x.numel():
+            return
+        now = moments(x)
+        if now.count == 1:
+            raise AnybatchError(
+                f"recalibrate_: '{name}' got a single value per channel (input of shape {tuple(x.shape)}), which has "
+                "no variance; use a loader with larger batches"
+            )
+        _write(norm, now.mean, now.var)
+        now = Moments(now.mean.double(), now.var.double(), now.count)
+        before = seen.get(norm)
+        if before is not None:
+            count = before.count + now.count
+            shares = now.mean.new_tensor([before.count / count, now.count / count])
+            means, variances = torch.stack([before.mean, now.mean], 1), torch.stack([before.var, now.var], 1)
+            now = Moments(*pool(means, variances, shares), count)
+        seen[norm] = now
+
+    return observe
+
+
+def _write(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    with torch.no_grad():
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+
+
+@contextmanager
+def _evaluating(model: nn.Module, norms: Mapping[str, _BatchNorm]) -> Iterator[None]:
+    """The body in eval mode without gradients; modes and running statistics are put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    saved = [
+        (norm, norm.running_mean.clone(), norm.running_var.clone())
+        for norm in norms.values()
+        if norm.running_mean is not None and norm.running_var is not None
+    ]
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for norm, mean, var in saved:
+            _write(norm, mean, var)
+
+
+def _default_forward(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (Mapping, tuple, list)):
+        for item in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(item)

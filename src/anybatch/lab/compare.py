@@ -1,0 +1,99 @@
+"""Methods against batch sizes against seeds, with BatchNorm at the full gradient batch as the reference."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from anybatch.lab.config import RunConfig
+from anybatch.lab.data import Dataset, load
+from anybatch.lab.display import Display
+from anybatch.lab.results import Results
+from anybatch.lab.summary import REFERENCE
+from anybatch.lab.training import RunResult, run_key
+from anybatch.lab.workers import Advanced, Failed, Finished, Started, run_all
+
+__all__ = ["FULL", "QUICK", "Outcome", "Preset", "compare", "cost", "plan"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What is compared unless the command line says otherwise."""
+
+    methods: tuple[str, ...]
+    batches: tuple[int, ...]
+    seeds: int
+    epochs: int
+    train_images: int | None
+
+
+FULL = Preset(("bn", "gn", "cbn-naive", "cbn-paper(burn_in_steps='1/3')", "cbn"), (1, 2, 4), 3, 3, None)
+QUICK = Preset(("bn", "gn", "cbn"), (1, 4), 1, 4, 2000)
+
+
+@dataclass
+class Outcome:
+    """What came of a comparison.
+
+    Attributes:
+        results: the finished runs of this plan, those of earlier calls included.
+        failures: (run, reason).
+        reused: runs that an earlier call had finished.
+        interrupted: whether Ctrl-C ended it.
+    """
+
+    results: list[RunResult]
+    failures: list[tuple[RunConfig, str]] = field(default_factory=list)
+    reused: int = 0
+    interrupted: bool = False
+
+
+def plan(base: RunConfig, methods: Sequence[str], batches: Sequence[int], seeds: int) -> list[RunConfig]:
+    """The reference and every method at every batch size, for every seed; each run once."""
+    pairs = dict.fromkeys([(REFERENCE, base.gradient_batch), *((m, b) for m in methods for b in batches)])
+    return [replace(base, method=m, batch=b, seed=seed) for m, b in pairs for seed in range(seeds)]
+
+
+def cost(config: RunConfig) -> float:
+    """About how long a run takes, relative to others on the same data: images, and an overhead per forward."""
+    history = 2.0 if config.method.startswith("cbn") else 1.0
+    return config.epochs * history * (1 + 1.3 / config.batch)
+
+
+def compare(configs: Sequence[RunConfig], folder: Path, jobs: int, display: Display) -> Outcome:
+    """Does what is not yet done of `configs`, longest first, so that the processes end together.
+
+    Raises:
+        AnybatchError: a configuration does not fit, or the results cannot be written.
+    """
+    dataset = _load(configs[0])
+    keys = {config: run_key(config, dataset) for config in configs}
+    with Results(folder) as results:
+        for warning in results.warnings:
+            display.warn(warning)
+        todo = sorted((c for c in configs if keys[c] not in results.runs), key=cost, reverse=True)
+        outcome = Outcome([], reused=len(configs) - len(todo))
+        total = {c: c.epochs * c.updates(len(dataset.train_images)) * c.gradient_batch for c in todo}
+        with display.showing(total, {c: cost(c) for c in todo}, outcome.reused):
+            try:
+                with closing(run_all(todo, jobs)) as events:
+                    for event in events:
+                        match event:
+                            case Started(config):
+                                display.start(config)
+                            case Advanced(config, progress):
+                                display.advance(config, progress)
+                            case Finished(config, result):
+                                results.add(result)
+                                display.finish(config, result)
+                            case Failed(config, reason):
+                                outcome.failures.append((config, reason))
+                                display.fail(config, reason)
+            except KeyboardInterrupt:
+                outcome.interrupted = True
+        outcome.results = [results.runs[keys[c]] for c in configs if keys[c] in results.runs]
+    return outcome
+
+
+def _load(config: RunConfig) -> Dataset:
+    return load(config.data, config.train_images, config.test_images, config.image_size)

@@ -1,0 +1,208 @@
+"""The figures of a comparison. Colours are colour-blind safe, and every line carries its name."""
+
+import io
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from anybatch.lab.summary import Row, Summary
+from anybatch.lab.training import RunResult
+
+__all__ = ["DARK", "LIGHT", "accuracy_figure", "curves_figure", "png", "svg", "themed"]
+
+# Ink, muted ink, grid, then one colour a method (after Okabe and Ito, darkened or lightened for contrast).
+# Both themes list the same roles: `themed` makes one into the other.
+LIGHT = ("#1c2024", "#666d76", "#dfe2e6", "#0068b0", "#c8500a", "#00805e", "#a8478a", "#94690a", "#3d8fc0", "#6b6b6b")
+DARK = ("#e9ecef", "#9aa3ad", "#343a42", "#62b5f5", "#ff9252", "#3fd0a4", "#ea9fd0", "#edc14d", "#9ad6f7", "#b9b9b9")
+INK, MUTED, GRID, *SERIES = LIGHT
+# The same method has the same colour in every figure of every report; others take what is left, in order.
+KNOWN = {"cbn": 0, "bn": 1, "gn": 2, "cbn-naive": 3, "cbn-paper": 4}
+MARKERS = "osD^vPX"
+STYLE: Any = {
+    "font.family": ["DejaVu Sans", "sans-serif"],
+    "font.size": 11,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "ytick.left": False,
+    "svg.hashsalt": "anybatch",
+}
+
+
+def accuracy_figure(summary: Summary) -> Figure:
+    """Test accuracy against batch size, with 95 % intervals over seeds; the reference is dashed."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.6, 4.4), layout="constrained")
+        axes = figure.add_subplot()
+        colours = _colours(summary.methods)
+        batches = sorted({row.batch for row in summary.rows if not row.is_reference})
+        names: list[tuple[float, str, str]] = []
+        for method in summary.methods:
+            rows = sorted((r for r in summary.rows if r.method == method and not r.is_reference), key=_batch)
+            if drawn := _line(axes, rows, *colours[method]):
+                names.append((drawn, rows[0].label, colours[method][0]))
+        reference = summary.reference
+        if reference is not None and reference.accuracy is not None:
+            mean, half_width, _ = reference.accuracy
+            axes.axhline(mean, color=MUTED, linestyle=(0, (5, 3)), linewidth=1.4, zorder=1.5)
+            axes.axhspan(mean - (half_width or 0), mean + (half_width or 0), color=MUTED, alpha=0.12, linewidth=0)
+            names.append((mean, f"BatchNorm at {reference.batch}", MUTED))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(batches, [str(batch) for batch in batches])
+        axes.minorticks_off()
+        if batches:
+            axes.set_xlim(batches[0] / 1.12, batches[-1] * 1.12)
+        axes.set_xlabel("images a normalization layer sees at once")
+        axes.set_title("Test accuracy, %", loc="left", fontsize=11, color=MUTED)
+        _name_lines(axes, names)
+        return figure
+
+
+def curves_figure(summary: Summary, results: Iterable[RunResult]) -> Figure:
+    """Training loss over the run at the smallest batch size, means over seeds; the reference is dashed."""
+    series: dict[tuple[str, bool], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        config = result.config
+        is_reference = summary.reference is not None and (config.method, config.batch) == (
+            summary.reference.method,
+            summary.reference.batch,
+        )
+        if is_reference or config.batch == summary.smallest_batch:
+            for epochs, loss in result.train_loss:
+                series[config.method, is_reference][epochs].append(loss)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.6, 3.9), layout="constrained")
+        axes = figure.add_subplot()
+        colours = _colours(summary.methods)
+        names = []
+        for (method, is_reference), points in sorted(series.items(), key=lambda item: item[0][1]):
+            x = sorted(points)
+            y = _smooth([fmean(points[epochs]) for epochs in x])
+            row = next(r for r in summary.rows if r.method == method and r.is_reference == is_reference)
+            colour = MUTED if is_reference else colours[method][0]
+            style: Any = (0, (5, 3)) if is_reference else "-"
+            axes.plot(x, y, color=colour, linestyle=style, linewidth=1.8)
+            names.append((y[-1], f"{row.label} at {row.batch}", colour))
+        axes.set_xlabel("epochs")
+        axes.set_title("Training loss, mean over seeds, smoothed over 3 points", loc="left", fontsize=11, color=MUTED)
+        axes.margins(x=0.01)
+        _name_lines(axes, names)
+        return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The figure on white, 200 dots an inch."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200)
+    return buffer.getvalue()
+
+
+def svg(figure: Figure, transparent: bool = False, prefix: str = "") -> str:
+    """The figure as an <svg> element, text as outlines, without a date: the same numbers give the same bytes.
+
+    Args:
+        figure: what to draw.
+        transparent: leave out the white ground.
+        prefix: of every id in it, so that several fit into one page.
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", transparent=transparent, metadata={"Date": None})
+    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}", buffer.getvalue())
+    return text[text.index("<svg") :]
+
+
+def themed(element: str) -> str:
+    """The <svg> element with its colours as CSS variables --c0, --c1, ..., in the order of LIGHT and DARK."""
+    for place, colour in enumerate(LIGHT):
+        element = element.replace(colour, f"var(--c{place})")
+    return re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", element, count=1), count=1
+    )
+
+
+def _batch(row: Row) -> int:
+    return row.batch
+
+
+def _colours(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each method: a known name has its own, unless a variant of it took that already."""
+    free = [place for place in range(len(SERIES)) if place not in KNOWN.values()]
+    taken: dict[str, int] = {}
+    for method in methods:
+        place = KNOWN.get(method.partition("(")[0])
+        if place is None or place in taken.values():
+            place = free.pop(0) if free else len(taken) % len(SERIES)
+        taken[method] = place
+    return {method: (SERIES[place], MARKERS[place]) for method, place in taken.items()}
+
+
+def _line(axes: Axes, rows: Sequence[Row], colour: str, marker: str) -> float | None:
+    """Draws one method and says at which height it ends, on the right."""
+    points = [(row.batch, row.accuracy) for row in rows if row.accuracy is not None]
+    if not points:
+        return None
+    x, means = [batch for batch, _ in points], [a.mean for _, a in points]
+    half_widths = [a.half_width or 0.0 for _, a in points]
+    axes.errorbar(
+        x,
+        means,
+        yerr=half_widths if any(half_widths) else None,
+        color=colour,
+        marker=marker,
+        markersize=6,
+        linewidth=2,
+        elinewidth=1.2,
+        capsize=3,
+    )
+    return means[-1]
+
+
+def _name_lines(axes: Axes, names: Sequence[tuple[float, str, str]], gap: float = 0.062) -> None:
+    """Writes each name right of the axes at the height where its line ends, moved apart where they would overlap.
+
+    Args:
+        axes: with everything drawn.
+        names: height in data units, text, colour.
+        gap: the least distance of two names, as a share of the height of the axes.
+    """
+    low, high = axes.get_ylim()
+    wanted = sorted(((y - low) / (high - low), text, colour) for y, text, colour in names)
+    heights = [height for height, _, _ in wanted]
+    for _ in range(200):  # push overlapping neighbours apart, half each, until they rest
+        for i in range(1, len(heights)):
+            if (overlap := gap - (heights[i] - heights[i - 1])) > 0:
+                heights[i - 1] -= overlap / 2
+                heights[i] += overlap / 2
+    for height, (true_height, text, colour) in zip(heights, wanted, strict=True):
+        axes.annotate(
+            text,
+            xy=(1.0, true_height),
+            xytext=(1.045, height),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            color=colour,
+            va="center",
+            fontsize=10,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 2, "shrinkB": 0},
+        )
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    return [fmean(values[max(0, i - 1) : i + 2]) for i in range(len(values))]

@@ -1,0 +1,112 @@
+"""report.html and the figures beside it: one page that stands on its own, in light and dark, on paper and phone."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from anybatch.errors import AnybatchError
+from anybatch.lab import plots
+from anybatch.lab.display import duration
+from anybatch.lab.files import write_atomically
+from anybatch.lab.statistics import Estimate
+from anybatch.lab.summary import Summary
+from anybatch.lab.training import RunResult
+
+__all__ = ["REPORT", "difference_text", "estimate_text", "write_report"]
+
+REPORT = "report.html"
+
+
+def estimate_text(estimate: Estimate | None) -> str:
+    """As "79.3 ± 0.8"; without the interval where there is none, a dash where there is nothing."""
+    if estimate is None:
+        return "–"
+    return f"{estimate.mean:.1f}" + ("" if estimate.half_width is None else f" ± {estimate.half_width:.1f}")
+
+
+def difference_text(estimate: Estimate | None) -> str:
+    """As `estimate_text`, with a sign: "−2.0 ± 0.6"."""
+    if estimate is None:
+        return "–"
+    sign = "\N{MINUS SIGN}" if estimate.mean < 0 else "+"
+    return sign + estimate_text(estimate._replace(mean=abs(estimate.mean)))
+
+
+def write_report(
+    folder: Path, summary: Summary, results: Sequence[RunResult], command: str, missing: Sequence[str] = ()
+) -> Path:
+    """Writes accuracy.png, accuracy.svg and report.html into `folder`.
+
+    Args:
+        folder: must exist.
+        summary: of `results`.
+        results: at least one.
+        command: what was typed.
+        missing: runs that are planned and not finished, and why.
+
+    Raises:
+        AnybatchError: the files cannot be written.
+    """
+    accuracy = plots.accuracy_figure(summary)
+    curves = plots.curves_figure(summary, results)
+    asset = resources.files("anybatch.lab") / "assets" / "report.html.j2"
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"estimate": estimate_text, "difference": difference_text, "duration": duration}
+    first = results[0]
+    page = environment.from_string(asset.read_text(encoding="utf-8")).render(
+        summary=summary,
+        seeds=len({result.config.seed for result in results}),
+        runs=len(results),
+        total_time=sum(result.seconds for result in results),
+        accuracy_svg=Markup(plots.themed(plots.svg(accuracy, transparent=True, prefix="a-"))),
+        curves_svg=Markup(plots.themed(plots.svg(curves, transparent=True, prefix="c-"))),
+        light=list(enumerate(plots.LIGHT)),
+        dark=list(enumerate(plots.DARK)),
+        norms={result.config.method: result.norm for result in results},
+        configuration=_shared_configuration(results),
+        facts=_facts(results),
+        data=first.config.data,
+        command=command,
+        missing=missing,
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    try:
+        write_atomically(folder / "accuracy.png", plots.png(accuracy))
+        write_atomically(folder / "accuracy.svg", plots.svg(accuracy).encode())
+        write_atomically(folder / REPORT, page.encode())
+    except OSError as error:
+        raise AnybatchError(
+            f"the report cannot be written to {folder} ({error.strerror or error}); the runs in runs.jsonl are safe: "
+            f"make room, then give the same command again"
+        ) from error
+    return folder / REPORT
+
+
+def _shared_configuration(results: Sequence[RunResult]) -> dict[str, Any]:
+    """What all runs have in common; the table shows the rest."""
+    configs = [asdict(result.config) for result in results]
+    return {
+        name.replace("_", " "): "all" if value is None else value
+        for name, value in configs[0].items()
+        if name not in ("method", "batch", "seed") and all(config[name] == value for config in configs)
+    }
+
+
+def _facts(results: Sequence[RunResult]) -> list[tuple[str, str]]:
+    """Machine, versions, commit and data of the runs; several where they differ."""
+    facts: dict[str, dict[str, None]] = {}
+    for result in results:
+        machine, versions = result.facts.get("machine", {}), result.facts.get("versions", {})
+        pairs = [*machine.items(), *versions.items(), ("commit", result.facts.get("commit"))]
+        for name, value in [*pairs, ("data fingerprint", result.fingerprint)]:
+            if value is not None:
+                facts.setdefault(str(name), {})[str(value)] = None
+    return [(name, ", ".join(values)) for name, values in facts.items()]

@@ -1,0 +1,167 @@
+"""What the finished runs say: rows of a table, and two sentences that claim no more than the numbers do."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from anybatch.lab.statistics import Estimate, estimate
+from anybatch.lab.training import RunResult
+
+__all__ = ["REFERENCE", "Row", "Summary", "label", "summarise"]
+
+REFERENCE = "bn"  # at the gradient batch
+
+_LABELS = {
+    "bn": "BatchNorm",
+    "gn": "GroupNorm",
+    "cbn": "CBN",
+    "cbn-naive": "CBN, no compensation",
+    "cbn-paper": "CBN as released",
+}
+
+
+def label(method: str) -> str:
+    """The name of a method for people: "cbn-paper(burn_in_steps='1/3')" -> "CBN as released (burn-in 1/3)"."""
+    name, _, options = method.partition("(")
+    pretty = re.sub(r"['\"]", "", options.rstrip(")")).replace("burn_in_steps", "burn-in").replace("_", " ")
+    pretty = ", ".join(" ".join(part.split("=")).strip() for part in pretty.split(",") if part.strip())
+    return _LABELS.get(name.strip(), name.strip()) + (f" ({pretty})" if pretty else "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one batch size, over its seeds.
+
+    Attributes:
+        accuracy: test accuracy in percent; None if every run diverged.
+        difference: to the reference, paired by seed, in points; None without a seed that both have.
+        train_accuracy: mean over seeds, in percent.
+        seconds: mean over seeds.
+    """
+
+    method: str
+    batch: int
+    accuracy: Estimate | None
+    difference: Estimate | None
+    train_accuracy: float | None
+    seconds: float
+    runs: int
+    diverged: int
+    is_reference: bool
+
+    @property
+    def label(self) -> str:
+        """The name of the method for people."""
+        return label(self.method)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Rows in the order of methods and batches, the reference first; and the conclusion in sentences."""
+
+    rows: tuple[Row, ...]
+    conclusions: tuple[str, ...]
+
+    @property
+    def reference(self) -> Row | None:
+        """BatchNorm at the gradient batch, if it has finished."""
+        return next((row for row in self.rows if row.is_reference), None)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The compared methods, in order, without the reference."""
+        return tuple(dict.fromkeys(row.method for row in self.rows if not row.is_reference))
+
+    @property
+    def smallest_batch(self) -> int | None:
+        """The smallest compared batch size."""
+        return min((row.batch for row in self.rows if not row.is_reference), default=None)
+
+
+def summarise(results: Iterable[RunResult], methods: Sequence[str] = ()) -> Summary:
+    """Groups `results` by method and batch size; `methods` gives the order."""
+    groups: dict[tuple[str, int], dict[int, RunResult]] = {}
+    for result in results:
+        groups.setdefault((result.config.method, result.config.batch), {})[result.config.seed] = result
+    reference = next((g for g in groups if _is_reference(groups[g])), None)
+    order = {method: place for place, method in enumerate(methods)}
+    keys = sorted(groups, key=lambda key: (key != reference, order.get(key[0], len(order)), key))
+    rows = tuple(_row(groups[key], groups.get(reference) if reference else None, key == reference) for key in keys)
+    return Summary(rows, _conclusions(rows))
+
+
+def _is_reference(group: dict[int, RunResult]) -> bool:
+    config = next(iter(group.values())).config
+    return config.method == REFERENCE and config.batch == config.gradient_batch
+
+
+def _row(group: dict[int, RunResult], reference: dict[int, RunResult] | None, is_reference: bool) -> Row:
+    config = next(iter(group.values())).config
+    accuracies = {seed: r.accuracy for seed, r in group.items() if r.accuracy is not None}
+    train = [r.train_accuracy for r in group.values() if r.train_accuracy is not None]
+    differences = []
+    for seed, accuracy in accuracies.items():
+        other = reference[seed].accuracy if reference and seed in reference else None
+        if other is not None:
+            differences.append(accuracy - other)
+    return Row(
+        method=config.method,
+        batch=config.batch,
+        accuracy=estimate(list(accuracies.values())) if accuracies else None,
+        difference=estimate(differences) if differences and not is_reference else None,
+        train_accuracy=fmean(train) if train else None,
+        seconds=fmean(r.seconds for r in group.values()),
+        runs=len(group),
+        diverged=len(group) - len(accuracies),
+        is_reference=is_reference,
+    )
+
+
+def _conclusions(rows: Sequence[Row]) -> tuple[str, ...]:
+    reference = next((row for row in rows if row.is_reference), None)
+    if reference is None or reference.accuracy is None:
+        return ("BatchNorm at the full gradient batch, the reference, has no finished run yet: nothing to conclude.",)
+    at = f"BatchNorm at batch {reference.batch}"
+    smallest = min((row.batch for row in rows if not row.is_reference), default=None)
+    small = [row for row in rows if row.batch == smallest and not row.is_reference]
+    collapsed = next((row for row in small if row.method == REFERENCE), None)
+    others = [row for row in small if row.method != REFERENCE and row.accuracy is not None]
+    sentences = [f"{at} reaches {reference.accuracy.mean:.1f} % test accuracy ({_seeds(reference.accuracy.n)})."]
+    if collapsed is not None:
+        sentences = [_sentence(collapsed, f"At batch {smallest}, BatchNorm", at)]
+    if others:
+        best = max(others, key=lambda row: row.accuracy.mean if row.accuracy else 0.0)
+        which = f"{best.label}, the best of {len(others)} other methods there," if len(others) > 1 else best.label
+        sentences.append(_sentence(best, f"At batch {smallest}, {which}", at))
+    if bad := [f"{row.label} at batch {row.batch}" for row in rows if row.diverged]:
+        sentences.append(f"Diverged, and not in any mean: {', '.join(bad)}.")
+    return tuple(sentences)
+
+
+def _sentence(row: Row, subject: str, reference: str) -> str:
+    if row.accuracy is None:
+        return f"{subject} diverged."
+    head = f"{subject} reaches {row.accuracy.mean:.1f} %"
+    difference = row.difference
+    if difference is None:
+        return f"{head}; no seed is shared with {reference}, so there is no paired difference."
+    if difference.half_width is None:
+        return f"{head}, {_points(difference.mean)} {reference} on one seed: no interval, so take it as a hint."
+    interval = f"95 % interval {_signed(difference.mean - difference.half_width)} to "
+    interval += f"{_signed(difference.mean + difference.half_width)}, {_seeds(difference.n)}, paired"
+    if difference.spans_zero:
+        return f"{head}: no difference from {reference} was measured ({_signed(difference.mean)} points, {interval})."
+    return f"{head}, {_points(difference.mean)} {reference} ({interval})."
+
+
+def _points(difference: float) -> str:
+    return f"{abs(difference):.1f} points {'below' if difference < 0 else 'above'}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _seeds(n: int) -> str:
+    return f"{n} seed{'s' if n != 1 else ''}"

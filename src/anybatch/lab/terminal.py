@@ -1,0 +1,118 @@
+"""What `anybatch compare` and `anybatch train` show on a terminal, around the work itself."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from anybatch.lab import compare as comparison
+from anybatch.lab import machine
+from anybatch.lab.config import RunConfig
+from anybatch.lab.data import load
+from anybatch.lab.display import Display, run_name
+from anybatch.lab.report import difference_text, estimate_text, write_report
+from anybatch.lab.summary import Summary, summarise
+from anybatch.lab.training import Progress, train_run
+
+__all__ = ["compare", "train"]
+
+
+def compare(configs: Sequence[RunConfig], folder: Path, jobs: int | None, command: str, console: Console) -> int:
+    """Compares, writes the report, prints the table.
+
+    Returns:
+        The exit code: 0, 1 if a run failed, 130 if interrupted.
+
+    Raises:
+        AnybatchError: a configuration does not fit, or the results cannot be written.
+    """
+    if jobs is None:
+        jobs = _cores() if configs[0].device == "cpu" else 1
+    outcome = comparison.compare(configs, folder, jobs, Display(console, jobs))
+    missing = _missing(configs, outcome)
+    if outcome.results:
+        summary = summarise(outcome.results, list(dict.fromkeys(config.method for config in configs)))
+        report = write_report(folder, summary, outcome.results, command, missing)
+        console.print()
+        console.print(_table(summary))
+        for sentence in summary.conclusions:
+            console.print(escape(sentence))
+        console.print(f"\nReport: [bold]{escape(str(report))}[/]", soft_wrap=True)
+    if outcome.interrupted:
+        done = f"{len(outcome.results)} of {len(configs)} runs are finished and safe in {folder}"
+        console.print(f"[yellow]Interrupted.[/] {escape(done)}. To go on: {escape(command)}", soft_wrap=True)
+        return 130
+    if outcome.failures:
+        failed = f"{len(outcome.failures)} of {len(configs)} runs failed; the same command tries them again"
+        console.print(f"[red]{failed}.[/]", soft_wrap=True)
+        return 1
+    return 0
+
+
+def train(config: RunConfig, folder: Path, resume: bool, console: Console) -> None:
+    """Trains one configuration with a checkpoint folder, and prints what came of it.
+
+    Raises:
+        AnybatchError: the configuration does not fit, or the checkpoint cannot be read or written.
+    """
+    if config.device == "cpu":
+        torch.set_num_threads(1)  # as in a comparison: the same numbers
+    dataset = load(config.data, config.train_images, config.test_images, config.image_size)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[note]}"))
+    with Bar(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(escape(run_name(config)), total=None, note="")
+
+        def show(progress: Progress) -> None:
+            note = "" if progress.accuracy is None else f"{progress.accuracy:.2f} % after the last epoch"
+            bar.update(task, completed=progress.images, total=progress.total, note=note)
+
+        result = train_run(config, dataset, show, checkpoint=folder, resume=resume)
+    for point in result.curve:
+        console.print(f"epoch {point['epoch']}: {point['accuracy']:.2f} % test accuracy")
+    if result.accuracy is None:
+        console.print("[red]Diverged:[/] a loss was not finite. Try a smaller --lr.")
+    else:
+        console.print(
+            f"{run_name(config)}: [bold]{result.accuracy:.2f} %[/] test, {result.train_accuracy:.2f} % train accuracy "
+            f"in {result.seconds:.0f} s",
+            soft_wrap=True,
+        )
+        console.print(f"Checkpoint: [bold]{escape(str(folder))}[/]", soft_wrap=True)
+
+
+def _cores() -> int:
+    return int(machine.machine()["cores"])
+
+
+def _missing(configs: Sequence[RunConfig], outcome: "comparison.Outcome") -> list[str]:
+    reasons = dict(outcome.failures)
+    done = {result.config for result in outcome.results}
+    return [
+        f"{run_name(config)} ({reasons.get(config, 'interrupted')})"
+        for config in configs
+        if config not in done and (outcome.interrupted or config in reasons)
+    ]
+
+
+def _table(summary: Summary) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("Method")
+    for column in ("Batch", "Test accuracy, %", "Difference", "Train, %", "Seconds"):
+        table.add_column(column, justify="right")
+    for row in summary.rows:
+        diverged = f" ({row.diverged} of {row.runs} diverged)" if row.diverged else ""
+        table.add_row(
+            escape(row.label) + (" (the reference)" if row.is_reference else ""),
+            str(row.batch),
+            estimate_text(row.accuracy) + diverged,
+            difference_text(row.difference),
+            "–" if row.train_accuracy is None else f"{row.train_accuracy:.1f}",
+            f"{row.seconds:.0f}",
+            style="bold" if row.is_reference else None,
+        )
+    return table

@@ -1,0 +1,163 @@
+"""Runs spread over worker processes, one thread each; what happens comes back as a stream of events."""
+
+import contextlib
+import multiprocessing
+import signal
+import time
+from collections import deque
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+import torch
+
+from anybatch.errors import AnybatchError
+from anybatch.lab.config import RunConfig
+from anybatch.lab.data import Dataset, load
+from anybatch.lab.training import Progress, RunResult, train_run
+
+__all__ = ["Advanced", "Event", "Failed", "Finished", "Started", "run_all"]
+
+REPORT_EVERY = 0.25  # seconds
+
+
+@dataclass(frozen=True)
+class Started:
+    """A worker took the run."""
+
+    config: RunConfig
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """The run has come this far."""
+
+    config: RunConfig
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run is done."""
+
+    config: RunConfig
+    result: RunResult
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The run ended with an error, or its process was killed."""
+
+    config: RunConfig
+    reason: str
+
+
+Event = Started | Advanced | Finished | Failed
+
+
+def run_all(configs: Sequence[RunConfig], jobs: int) -> Generator[Event]:
+    """Runs `configs` in their order, `jobs` at a time. Closing the iterator stops the workers."""
+    waiting = deque(configs)
+    workers: dict[Connection, _Worker] = {}
+    try:
+        for _ in range(min(jobs, len(configs))):
+            worker = _Worker()
+            workers[worker.connection] = worker
+            yield worker.give(waiting.popleft())
+        while workers:
+            for connection in wait(list(workers)):
+                assert isinstance(connection, Connection)
+                worker = workers[connection]
+                event = worker.receive()
+                yield event
+                if isinstance(event, Advanced | Started):
+                    continue
+                if worker.died:
+                    del workers[connection]
+                    if waiting:
+                        worker = _Worker()
+                        workers[worker.connection] = worker
+                if waiting:
+                    yield worker.give(waiting.popleft())
+                elif not worker.died:
+                    worker.stop()
+                    del workers[connection]
+    finally:
+        for worker in workers.values():
+            worker.kill()
+
+
+class _Worker:
+    """One process and what it is doing."""
+
+    def __init__(self) -> None:
+        # Spawned, not forked: torch's threads and CUDA do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(target=_work, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.died = False
+        self.config: RunConfig | None = None
+
+    def give(self, config: RunConfig) -> Started:
+        self.config = config
+        with contextlib.suppress(BrokenPipeError):  # it has died: `receive` will say so
+            self.connection.send(config)
+        return Started(config)
+
+    def receive(self) -> Event:
+        try:
+            event: Event = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            assert self.config is not None
+            self.died = True
+            self.process.join()
+            self.connection.close()
+            return Failed(self.config, f"its process ended with exit code {self.process.exitcode} (out of memory?)")
+        return event
+
+    def stop(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.connection.send(None)
+        self.connection.close()
+
+    def kill(self) -> None:
+        self.process.terminate()
+        self.process.join(5)
+        self.connection.close()
+
+
+def _work(connection: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone: so is the work
+        while (config := connection.recv()) is not None:
+            connection.send(_run(config, connection))
+
+
+def _run(config: RunConfig, connection: Connection) -> Event:
+    reported = time.monotonic()
+
+    def report(progress: Progress) -> None:
+        nonlocal reported
+        if time.monotonic() - reported >= REPORT_EVERY:
+            reported = time.monotonic()
+            connection.send(Advanced(config, progress))
+
+    try:
+        dataset = _load(config.data, config.train_images, config.test_images, config.image_size)
+        return Finished(config, train_run(config, dataset, report))
+    except (BrokenPipeError, ConnectionResetError):
+        raise
+    except AnybatchError as error:
+        return Failed(config, str(error))
+    except Exception as error:  # whatever a run meets, the others go on
+        return Failed(config, f"{type(error).__name__}: {error}")
+
+
+@lru_cache(maxsize=1)
+def _load(data: str, train_images: int | None, test_images: int | None, image_size: int) -> Dataset:
+    return load(data, train_images, test_images, image_size)

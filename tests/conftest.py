@@ -1,0 +1,33 @@
+"""What every test runs under: a fixed seed, one thread, poisoned uninitialised memory."""
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("anybatch", deadline=None, max_examples=40, derandomize=True)
+hypothesis.settings.load_profile("anybatch")
+
+
+@pytest.fixture(autouse=True)
+def reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Seed, one thread, and nan in whatever torch.empty and its kin return to Python code."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+    def poisoned(make):
+        def empty(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            if tensor.is_floating_point() and tensor.device.type != "meta":
+                with torch.no_grad():
+                    tensor.fill_(float("nan"))
+            return tensor
+
+        return empty
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    for name in ("new_empty",):
+        monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
+    yield

@@ -1,0 +1,81 @@
+"""The equations written out in float64, differentiated by autograd: what the layers are held to."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def batch_moments(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population variance per channel, by definition."""
+    channels = y.transpose(0, 1).flatten(1)
+    mean = channels.mean(1)
+    return mean, (channels - mean[:, None]).square().mean(1)
+
+
+def run(map: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    parameters = {"weight": weight} | ({} if bias is None else {"bias": bias})
+    return functional_call(map, parameters, (x,))
+
+
+@dataclass
+class Past:
+    """One past batch: its moments and their derivatives by the map's parameters, from autograd."""
+
+    map: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+    x: Tensor
+    count: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+        def of_parameters(*p: Tensor) -> tuple[Tensor, Tensor]:
+            return batch_moments(run(self.map, p[0], p[1] if len(p) > 1 else None, self.x))
+
+        self.mean, self.var = of_parameters(*parameters)
+        self.mean_by, self.var_by = torch.autograd.functional.jacobian(of_parameters, parameters)
+        y = run(self.map, self.weight, self.bias, self.x)
+        self.count = y.numel() // y.shape[1]
+
+    def at(self, weight: Tensor, bias: Tensor | None, second_moment: bool) -> tuple[Tensor, Tensor]:
+        """Moments carried to other parameters, to first order in E[y] and the standard deviation (or E[y^2])."""
+        steps = [weight - self.weight] + ([] if bias is None else [bias - self.bias])
+
+        def along(jacobians: tuple[Tensor, ...]) -> Tensor:
+            return sum((j.flatten(1) @ s.flatten() for j, s in zip(jacobians, steps, strict=True)), torch.zeros(()))
+
+        mean = self.mean + along(self.mean_by)
+        if second_moment:
+            nu_by = tuple(v + 2 * self.mean.view(-1, *[1] * (m.dim() - 1)) * m for v, m in zip(self.var_by, self.mean_by))
+            nu = self.var + self.mean.square() + along(nu_by)
+            return mean, torch.maximum(nu, mean.square()) - mean.square()
+        deviation = self.var.sqrt()
+        return mean, (deviation + along(self.var_by) / (2 * deviation)).square()
+
+
+def pooled_moments(
+    y: Tensor, past: list[Past], weight: Tensor, bias: Tensor | None, *, equal: bool, second_moment: bool, detach: bool
+) -> tuple[Tensor, Tensor]:
+    """Moments of the window: nu_bar - mu_bar^2 over the carried moments, shares by count or equal."""
+    mean, var = batch_moments(y)
+    means, nus, counts = [mean], [var + mean.square()], [y.numel() / y.shape[1]]
+    for entry in past:
+        mean, var = entry.at(weight, bias, second_moment)
+        if detach:
+            mean, var = mean.detach(), var.detach()
+        means.append(mean)
+        nus.append(var + mean.square())
+        counts.append(entry.count)
+    shares = torch.tensor([1.0] * len(counts) if equal else counts, dtype=torch.float64)
+    shares = shares / shares.sum()
+    mu = (torch.stack(means) * shares[:, None]).sum(0)
+    return mu, (torch.stack(nus) * shares[:, None]).sum(0) - mu.square()
+
+
+def normalise(y: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    shape = (1, -1, *[1] * (y.dim() - 2))
+    y_hat = (y - mean.view(shape)) / torch.sqrt(var + eps).view(shape)
+    return gamma.view(shape) * y_hat + beta.view(shape)
