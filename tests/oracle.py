@@ -49,7 +49,9 @@ class Past:
 
         mean = self.mean + along(self.mean_by)
         if second_moment:
-            nu_by = tuple(v + 2 * self.mean.view(-1, *[1] * (m.dim() - 1)) * m for v, m in zip(self.var_by, self.mean_by))
+            nu_by = tuple(
+                v + 2 * self.mean.view(-1, *[1] * (m.dim() - 1)) * m for v, m in zip(self.var_by, self.mean_by)
+            )
             nu = self.var + self.mean.square() + along(nu_by)
             return mean, torch.maximum(nu, mean.square()) - mean.square()
         deviation = self.var.sqrt()

@@ -147,7 +147,9 @@ def last_moments(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_window_one_is_torchs_batchnorm(shape: tuple[int, ...], momentum: float | None) -> None:
     """Outputs, every gradient and running statistics, in float32, over several batches."""
-    theirs = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)](3, momentum=momentum)
+    theirs = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)](
+        3, momentum=momentum
+    )
     mine = ab.CBN(window=1).build(theirs.__class__(3, momentum=momentum))
     with torch.no_grad():
         for p, q in zip(theirs.parameters(), mine.parameters(), strict=True):
@@ -158,7 +160,9 @@ def test_window_one_is_torchs_batchnorm(shape: tuple[int, ...], momentum: float 
         a, b = theirs(x), mine(x)
         torch.testing.assert_close(b, a, **SAME)
         for g, h in zip(
-            gradients(a, [x, *theirs.parameters()], cotangent), gradients(b, [x, *mine.parameters()], cotangent), strict=True
+            gradients(a, [x, *theirs.parameters()], cotangent),
+            gradients(b, [x, *mine.parameters()], cotangent),
+            strict=True,
         ):
             torch.testing.assert_close(h, g, rtol=1e-6, atol=1e-6 * float(g.abs().max().clamp_min(1)))
     for name, buffer in theirs.named_buffers():
@@ -189,7 +193,9 @@ def test_moved_weights_mean_exact_variance_below_within_second_order(kind: str) 
     module, shape = make(kind)
     c = channels_of(module)
     x = torch.randn(6, *shape, dtype=D).relu()
-    past = oracle.Past(module, module.weight.detach().clone(), None if module.bias is None else module.bias.detach().clone(), x)
+    past = oracle.Past(
+        module, module.weight.detach().clone(), None if module.bias is None else module.bias.detach().clone(), x
+    )
     norm = CrossIterationBatchNorm(c, window=2, dtype=D, pooling="equal").follows(module)
     norm(module(x))
     move(module, 0.01)
@@ -198,8 +204,12 @@ def test_moved_weights_mean_exact_variance_below_within_second_order(kind: str) 
         mean, var = oracle.batch_moments(module(x))
         moved = oracle.run(module, d, None if module.bias is None else torch.zeros(c, dtype=D), x)
         _, second_order = oracle.batch_moments(moved)
-        before, after = (t.transpose(0, 1).flatten(1) for t in (oracle.run(module, past.weight, past.bias, x), module(x)))
-        unexplained = torch.stack([1 - torch.corrcoef(torch.stack(p))[0, 1] ** 2 for p in zip(before, after, strict=True)])
+        before, after = (
+            t.transpose(0, 1).flatten(1) for t in (oracle.run(module, past.weight, past.bias, x), module(x))
+        )
+        unexplained = torch.stack(
+            [1 - torch.corrcoef(torch.stack(p))[0, 1] ** 2 for p in zip(before, after, strict=True)]
+        )
         norm(module(x))
         pooled_mean, pooled_var = LAST[norm]
     torch.testing.assert_close(pooled_mean, mean, **ORACLE)  # both entries have the true mean
@@ -225,7 +235,9 @@ def test_loss_is_blind_to_the_weights_scale(gradient: str, vanishes: bool, avera
         move(module, 0.005)
     out = norm(module(torch.randn(2, 3, 6, 5, dtype=D)))
     (grad,) = torch.autograd.grad(out, module.weight, torch.randn_like(out))
-    along = (grad * module.weight).sum((1, 2, 3)).abs() / (grad.flatten(1).norm(dim=1) * module.weight.flatten(1).norm(dim=1))
+    along = (grad * module.weight).sum((1, 2, 3)).abs() / (
+        grad.flatten(1).norm(dim=1) * module.weight.flatten(1).norm(dim=1)
+    )
     assert bool((along < 1e-8).all()) == vanishes
     assert vanishes or (along > 1e-3).any()
 
@@ -235,7 +247,9 @@ def test_naive_history_pools_what_was() -> None:
     batches = [torch.randn(2, 3, 4, dtype=D) + i for i in range(4)]
     outs = [norm(y) for y in batches]
     mean, var = oracle.batch_moments(torch.cat(batches[1:]))
-    torch.testing.assert_close(outs[-1], oracle.normalise(batches[-1], mean, var, norm.weight, norm.bias, norm.eps), **ORACLE)
+    torch.testing.assert_close(
+        outs[-1], oracle.normalise(batches[-1], mean, var, norm.weight, norm.bias, norm.eps), **ORACLE
+    )
 
 
 def test_burn_in_is_batchnorm_and_then_the_window() -> None:

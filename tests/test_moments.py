@@ -17,7 +17,7 @@ def test_by_definition(shape: tuple[int, ...]) -> None:
     now = moments(x)
     for mine, wanted in zip(now[:2], batch_moments(x), strict=True):
         torch.testing.assert_close(mine, wanted, **ORACLE)
-    assert now.count == x.numel() // shape[1]
+    assert now.size == x.numel() // shape[1]
 
 
 def test_large_mean_keeps_its_variance() -> None:
@@ -46,9 +46,11 @@ def test_memory_format_makes_no_difference() -> None:
 def test_pooled_by_count_is_the_concatenation(sizes: list[int], centre: float) -> None:
     parts = [torch.randn(n, 3, 2, dtype=torch.float64) * (i + 1) + centre * i for i, n in enumerate(sizes)]
     each = [moments(p) for p in parts]
-    counts = torch.tensor([float(m.count) for m in each], dtype=torch.float64)
+    counts = torch.tensor([float(m.size) for m in each], dtype=torch.float64)
     means, variances = (torch.stack([m[i] for m in each], 1) for i in (0, 1))
-    for mine, wanted in zip(pool(means, variances, counts / counts.sum()), batch_moments(torch.cat(parts)), strict=True):
+    for mine, wanted in zip(
+        pool(means, variances, counts / counts.sum()), batch_moments(torch.cat(parts)), strict=True
+    ):
         torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -71,6 +73,6 @@ def test_running_variance_as_torch_keeps_it() -> None:
         x = torch.randn(4, 3) + i
         bn(x)
         now = moments(x)
-        update_running_(mean, var, now.mean, bessel(now.var, now.count), 0.1, total=False)
+        update_running_(mean, var, now.mean, bessel(now.var, now.size), 0.1, total=False)
     torch.testing.assert_close(mean, bn.running_mean, **SAME)
     torch.testing.assert_close(var, bn.running_var, **SAME)

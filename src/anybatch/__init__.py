@@ -1,7 +1,12 @@
 """Normalization that keeps its accuracy at any batch size, for PyTorch."""
 
 from . import nn as nn
+from .convert import Report as Report
+from .convert import convert_ as convert_
+from .convert import revert_ as revert_
 from .errors import AnybatchError as AnybatchError
+from .inference import fold as fold
+from .inference import recalibrate_ as recalibrate_
 from .methods import BN as BN
 from .methods import CBN as CBN
 from .methods import GN as GN
@@ -17,8 +22,13 @@ __all__ = [
     "GN",
     "METHODS",
     "AnybatchError",
+    "Report",
+    "convert_",
+    "fold",
     "history_state_dict",
     "load_history_state_dict",
     "nn",
     "parse_method",
+    "recalibrate_",
+    "revert_",
 ]

@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 
 __all__ = ["app"]
 
-# Modules that load torch or matplotlib are imported by the commands: --help and --version answer at once.
+# The lab is imported by the commands, not here: --help and --version need none of it.
 
 
 class _Commands(TyperGroup):
@@ -93,9 +93,14 @@ def main(
 def compare(
     method: Annotated[
         list[str] | None,
-        typer.Option(help="Once for each, as for train; '1/3' in quotes is that share of the training forwards."),
+        typer.Option(
+            help="As for train; repeat for several. A quoted fraction, as in \"cbn-paper(burn_in_steps='1/3')\", is that "
+            "share of the training forwards."
+        ),
     ] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Images a layer sees at once; once for each.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Images a layer sees at once; divides 32; repeat for several.")
+    ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each; intervals need at least 2.")] = None,
     data: Data = "embedded",
     train_images: TrainImages = None,
@@ -178,20 +183,18 @@ def methods() -> None:
     """List the methods."""
     from anybatch.methods import METHODS
 
-    table = Table(box=None, pad_edge=False, header_style="dim", collapse_padding=True)
-    for column in (
-        "Method",
-        "What it does",
-        "Folds into\na convolution",
-        "Needs the\nfeeding map",
-        "Per\nexample",
-        "Source",
-    ):
-        table.add_column(column, overflow="fold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for column in ("Method", "What it does", "Folds", "Map", "Alone", "Source"):
+        table.add_column(column)
     for row in METHODS.values():
         flags = ("yes" if flag else "–" for flag in (row.foldable, row.needs_map, row.per_example))
         table.add_row(f"[bold]{escape(row.name)}[/]", escape(row.summary), *flags, escape(row.source))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        "\n[dim]Folds: at inference, into the convolution before it. Map: needs to know that convolution. "
+        "Alone: normalises every example by itself.[/]"
+    )
 
 
 if __name__ == "__main__":

@@ -159,8 +159,15 @@ class Method:
 _ROWS = (
     Method("bn", BN, "torch's BatchNorm: moments of the current batch", "Ioffe & Szegedy 2015"),
     Method("gn", GN, "torch's GroupNorm: moments of channel groups of one example", "Wu & He 2018", False, True),
-    Method("cbn", CBN, "moments pooled over recent iterations, carried to today's weights", "Yao et al. 2021, and ours"),
-    Method("cbn-naive", partial(CBN, compensate=False), "moments pooled over recent iterations as they were", "Yao et al. 2021"),
+    Method(
+        "cbn", CBN, "moments pooled over recent iterations, carried to today's weights", "Yao et al. 2021, and ours"
+    ),
+    Method(
+        "cbn-naive",
+        partial(CBN, compensate=False),
+        "moments pooled over recent iterations as they were",
+        "Yao et al. 2021",
+    ),
     Method("cbn-paper", CBN.paper, "CBN with every switch as its authors have it", "Yao et al. 2021"),
 )
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
@@ -175,7 +182,9 @@ def parse_method(text: str) -> NormConfig:
     name, _, rest = text.strip().partition("(")
     if name not in METHODS:
         close = difflib.get_close_matches(name, METHODS, cutoff=0.3) or list(METHODS)
-        raise AnybatchError(f"unknown method {name!r}; did you mean {' or '.join(close)}? (`anybatch methods` lists all)")
+        raise AnybatchError(
+            f"unknown method {name!r}; did you mean {' or '.join(close)}? (`anybatch methods` lists all)"
+        )
     try:
         call = ast.parse(f"f({rest}" if rest else "f()", mode="eval").body
         if not isinstance(call, ast.Call) or call.args:

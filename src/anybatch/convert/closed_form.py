@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..core.linear_map import LinearMap
-from ..core.moments import compute_dtype, moments
+from ..core.moments import moments
 
 __all__ = ["mismatch", "unsteady"]
 
@@ -47,16 +47,17 @@ def mismatch(module: nn.Module, x: Tensor, y: Tensor) -> str:
 
 
 def _explains(linear: LinearMap, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    seen, dtype = moments(y), compute_dtype(y.dtype)
-    rows = linear.rows(weight).to(dtype)
-    patch = linear.mean_patch(x, tuple(y.shape[2:])).to(dtype).repeat_interleave(len(rows) // linear.groups, 0)
+    rounding = 4 * max(torch.finfo(t.dtype).eps for t in (x, y))
+    # In float64 where there is one: at mean 1e4 the sums below would cancel.
+    dtype = torch.float32 if y.device.type == "mps" else torch.float64
+    x, y, rows = x.to(dtype), y.to(dtype), linear.rows(weight).to(dtype)
+    seen = moments(y)
+    patch = linear.mean_patch(x, tuple(y.shape[2:])).repeat_interleave(len(rows) // linear.groups, 0)
     shift = torch.zeros_like(seen.mean) if bias is None else bias.to(dtype)
-    centred = y.to(dtype) - seen.mean.view(-1, *[1] * (y.dim() - 2))
     mean = (patch * rows).sum(1) + shift
-    var = (linear.covariance(x.to(dtype), centred, weight).to(dtype) * rows).sum(1)
+    var = (linear.covariance(x, y - seen.mean.view(-1, *[1] * (y.dim() - 2)), weight) * rows).sum(1)
 
     # Where large summands cancel, the error follows them and not the result.
-    rounding = 4 * max(torch.finfo(t.dtype).eps for t in (x, y))
     relative, of_summands = max(_RELATIVE, rounding), max(_OF_SUMMANDS, rounding)
     summands, std = (patch * rows).abs().sum(1) + shift.abs(), seen.var.sqrt()
     near_mean = (mean - seen.mean).abs() <= relative * std + of_summands * summands

@@ -50,7 +50,7 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 def obstacle(norm: _BatchNorm) -> str:
     """Why ``norm`` cannot be replaced; empty when it can."""
     if isinstance(norm, nn.SyncBatchNorm):
-        return "SyncBatchNorm: make it BatchNorm first; sync=True of the method synchronises"
+        return "SyncBatchNorm: revert it to BatchNorm first"
     if any(is_lazy(p) for p in [*norm.parameters(), *norm.buffers()]):
         return "lazy and not initialised: run one forward of the model first"
     own_forward = type(norm).forward is not _BatchNorm.forward or "forward" in vars(norm)

@@ -73,7 +73,7 @@ class LinearMap:
         """The weight as one row a output channel, (C, K); differentiable, so a gradient comes back in its own layout."""
         if not self.transposed:
             return weight.flatten(1)
-        per_group = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)  # (G, C/G, C_in/G, *kernel)
+        per_group = weight.view(self.groups, -1, *weight.shape[1:]).transpose(1, 2)  # (G, C/G, C_in/G, *kernel)
         return per_group.flatten(0, 1).flatten(1)
 
     def channels(self, weight: Tensor) -> int:

@@ -17,8 +17,8 @@ class Moments(NamedTuple):
     """Population moments of one batch per channel."""
 
     mean: Tensor  # (C,) float32 or better
-    var: Tensor  # (C,) float32 or better, divided by count
-    count: int  # values per channel, m = N * positions
+    var: Tensor  # (C,) float32 or better, divided by size
+    size: int  # values per channel, m = N * positions
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -31,14 +31,14 @@ def moments(x: Tensor) -> Moments:
 
     mean_c = 1/m sum x_c,  var_c = 1/m sum (x_c - mean_c)^2, in two passes, float32 or better.
     """
-    count = x.numel() // x.shape[1]
+    size = x.numel() // x.shape[1]
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
         # torch's own BatchNorm kernel: two passes, accumulated in float64, several times var_mean's speed on CPU.
         mean, var = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0)
-        return Moments(mean, var, count)
+        return Moments(mean, var, size)
     dims = [d for d in range(x.dim()) if d != 1]
     var, mean = torch.var_mean(x.to(compute_dtype(x.dtype)), dims, correction=0)
-    return Moments(mean, var, count)
+    return Moments(mean, var, size)
 
 
 def pool(means: Tensor, variances: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:

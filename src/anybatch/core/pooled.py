@@ -70,7 +70,9 @@ def normalise_pooled(
         pooled: the moments to normalise by.
         average: called once a backward with (sum g, sum g y_hat) and m, gives R1, R2; None lets 'own' flow on.
     """
-    out: Tensor = _NormalisePooled.apply(y, weight, bias, batch.rows, batch.bias, eps, batch, pooled, average)
+    out: Tensor = _NormalisePooled.apply(  # type: ignore[no-untyped-call]
+        y, weight, bias, batch.rows, batch.bias, eps, batch, pooled, average
+    )
     return out
 
 
@@ -89,8 +91,7 @@ class _NormalisePooled(torch.autograd.Function):
         average: Average | None,
     ) -> Tensor:
         ctx.save_for_backward(y, weight)
-        # Detached: a context that held its own attached inputs would be a cycle.
-        ctx.batch = batch._replace(rows=None, bias=None)
+        ctx.now, ctx.patch, ctx.covariance = batch.now, batch.patch, batch.covariance
         ctx.pooled, ctx.average, ctx.eps = pooled, average, eps
         return normalise(y, pooled.mean, pooled.var, weight, bias, eps)
 
@@ -98,9 +99,9 @@ class _NormalisePooled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         y, weight = ctx.saved_tensors
-        now, _, _, patch, covariance = ctx.batch
+        now, patch, covariance = ctx.now, ctx.patch, ctx.covariance
         mean, var, share, by_weight, by_bias = ctx.pooled
-        m = now.count
+        m = now.size
         grad_y, sums = normalise_backward(g, y, mean, var, weight, ctx.eps)
 
         inverse = torch.rsqrt(var + ctx.eps)

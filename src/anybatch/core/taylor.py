@@ -28,9 +28,9 @@ __all__ = ["Carried", "Entries", "carry", "history_gradient", "mean_response", "
 
 
 class Entries(NamedTuple):
-    """Past batches; entries of count 0 are empty slots and hold zeros."""
+    """Past batches; entries of size 0 are empty slots and hold zeros."""
 
-    count: Tensor  # (T,) values per channel
+    sizes: Tensor  # (T,) values per channel
     mean: Tensor  # (C, T)
     var: Tensor  # (C, T) population
     mean_at: Tensor  # (C, T) <E[p], W_t> + b_t, at the entry's own weights
@@ -96,4 +96,5 @@ def history_gradient(
 def _by_group(of_channels: Tensor, patch: Tensor) -> Tensor:
     """(C, *) as (G, C / G, *)."""
     groups = patch.shape[0]
-    return of_channels.unflatten(0, (groups, of_channels.shape[0] // groups))
+    channels, last = of_channels.shape
+    return of_channels.view(groups, channels // groups, last)

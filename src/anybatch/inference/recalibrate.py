@@ -24,8 +24,9 @@ def recalibrate_(
     """Set every BatchNorm's running mean and variance to those of the loader's data, in place.
 
     The variance is the total one, of all values seen: within and between batches, population. While the loader runs,
-    each norm normalises by its current batch, as torch's BatchNorm does in training, and all else evaluates (dropout is
-    off). Nothing but ``running_mean`` and ``running_var`` changes, no history either; if anything raises, nothing.
+    each norm normalises by its current batch, as torch's BatchNorm does in training (a single value per channel, by
+    what came before it), and all else evaluates. Nothing but ``running_mean`` and ``running_var`` changes, no history
+    either; if anything raises, nothing.
 
     Args:
         model: any model with norms of BatchNorm's family, converted or not; on the device of the data.
@@ -38,7 +39,7 @@ def recalibrate_(
         The number of examples seen: the length of the first tensor of each batch, added up.
 
     Raises:
-        AnybatchError: no batch, no norm reached, a batch with a single value per channel, or moments not finite.
+        AnybatchError: no batch, no norm reached, or moments that are not finite.
     """
     if batches is not None and batches < 1:
         raise AnybatchError(f"recalibrate_: batches={batches}; give at least 1, or None for the whole loader")
@@ -46,9 +47,9 @@ def recalibrate_(
     seen: dict[_BatchNorm, Moments] = {}
     examples = 0
     with _evaluating(model, norms), ExitStack() as hooks:
-        for name, norm in norms.items():
+        for norm in norms.values():
             if norm.running_mean is not None:
-                hooks.callback(norm.register_forward_pre_hook(_observer(name, seen), with_kwargs=True).remove)
+                hooks.callback(norm.register_forward_pre_hook(_observer(seen), with_kwargs=True).remove)
         for batch in itertools.islice(loader, batches):
             (forward or _default_forward)(model, batch)
             examples += next((len(t) for t in _tensors(batch) if t.dim()), 1)
@@ -63,25 +64,22 @@ def recalibrate_(
     return examples
 
 
-def _observer(name: str, seen: dict[_BatchNorm, Moments]) -> Callable[..., None]:
+def _observer(seen: dict[_BatchNorm, Moments]) -> Callable[..., None]:
     """A hook that adds the input's moments to ``seen`` and makes the norm, which evaluates, normalise by them."""
 
     def observe(norm: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else kwargs["input"]
         if not x.numel():
             return
-        now = moments(x)
-        if now.count == 1:
-            raise AnybatchError(
-                f"recalibrate_: '{name}' got a single value per channel (input of shape {tuple(x.shape)}), which has "
-                "no variance; use a loader with larger batches"
-            )
-        _write(norm, now.mean, now.var)
-        now = Moments(now.mean.double(), now.var.double(), now.count)
-        before = seen.get(norm)
+        now, before = moments(x), seen.get(norm)
+        if now.size > 1:
+            _write(norm, now.mean, now.var)
+        elif before is not None:
+            _write(norm, before.mean, before.var)
+        now = Moments(now.mean.double(), now.var.double(), now.size)
         if before is not None:
-            count = before.count + now.count
-            shares = now.mean.new_tensor([before.count / count, now.count / count])
+            count = before.size + now.size
+            shares = now.mean.new_tensor([before.size / count, now.size / count])
             means, variances = torch.stack([before.mean, now.mean], 1), torch.stack([before.var, now.var], 1)
             now = Moments(*pool(means, variances, shares), count)
         seen[norm] = now

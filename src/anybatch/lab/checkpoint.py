@@ -30,7 +30,7 @@ class Counters:
     step: int = 0
     seconds: float = 0.0
     curve: list[dict[str, float | None]] = field(default_factory=list)
-    train_loss: list[tuple[float, float]] = field(default_factory=list)
+    train_loss: list[list[float]] = field(default_factory=list)
 
     @property
     def accuracy(self) -> float | None:

@@ -5,9 +5,11 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from anybatch.lab import machine
 from anybatch.lab.config import RunConfig
 from anybatch.lab.data import Dataset, load
 from anybatch.lab.display import Display
+from anybatch.lab.networks import check_network
 from anybatch.lab.results import Results
 from anybatch.lab.summary import REFERENCE
 from anybatch.lab.training import RunResult, run_key
@@ -56,7 +58,7 @@ def plan(base: RunConfig, methods: Sequence[str], batches: Sequence[int], seeds:
 
 def cost(config: RunConfig) -> float:
     """About how long a run takes, relative to others on the same data: images, and an overhead per forward."""
-    history = 2.0 if config.method.startswith("cbn") else 1.0
+    history = 4.0 if config.method.startswith("cbn") else 1.0
     return config.epochs * history * (1 + 1.3 / config.batch)
 
 
@@ -66,6 +68,8 @@ def compare(configs: Sequence[RunConfig], folder: Path, jobs: int, display: Disp
     Raises:
         AnybatchError: a configuration does not fit, or the results cannot be written.
     """
+    machine.check_device(configs[0].device)
+    check_network(configs[0].network)
     dataset = _load(configs[0])
     keys = {config: run_key(config, dataset) for config in configs}
     with Results(folder) as results:
@@ -74,23 +78,23 @@ def compare(configs: Sequence[RunConfig], folder: Path, jobs: int, display: Disp
         todo = sorted((c for c in configs if keys[c] not in results.runs), key=cost, reverse=True)
         outcome = Outcome([], reused=len(configs) - len(todo))
         total = {c: c.epochs * c.updates(len(dataset.train_images)) * c.gradient_batch for c in todo}
-        with display.showing(total, {c: cost(c) for c in todo}, outcome.reused):
-            try:
-                with closing(run_all(todo, jobs)) as events:
-                    for event in events:
-                        match event:
-                            case Started(config):
-                                display.start(config)
-                            case Advanced(config, progress):
-                                display.advance(config, progress)
-                            case Finished(config, result):
-                                results.add(result)
-                                display.finish(config, result)
-                            case Failed(config, reason):
-                                outcome.failures.append((config, reason))
-                                display.fail(config, reason)
-            except KeyboardInterrupt:
-                outcome.interrupted = True
+        costs = {c: cost(c) for c in todo}
+        try:
+            with display.showing(total, costs, outcome.reused), closing(run_all(todo, jobs)) as events:
+                for event in events:
+                    match event:
+                        case Started(config):
+                            display.start(config)
+                        case Advanced(config, progress):
+                            display.advance(config, progress)
+                        case Finished(config, result):
+                            results.add(result)
+                            display.finish(config, result)
+                        case Failed(config, reason):
+                            outcome.failures.append((config, reason))
+                            display.fail(config, reason)
+        except KeyboardInterrupt:
+            outcome.interrupted = True
         outcome.results = [results.runs[keys[c]] for c in configs if keys[c] in results.runs]
     return outcome
 

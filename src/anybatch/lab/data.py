@@ -15,8 +15,9 @@ from anybatch.errors import AnybatchError
 from anybatch.lab.idx import fashion_mnist_arrays
 from anybatch.lab.images import load_folder
 
-__all__ = ["EMBEDDED_ASSET", "EMBEDDED_TRAIN", "Dataset", "load"]
+__all__ = ["BUILT_IN", "EMBEDDED_ASSET", "EMBEDDED_TRAIN", "Dataset", "load"]
 
+BUILT_IN = ("embedded", "fashion-mnist")
 EMBEDDED_ASSET = "fashion-mnist-8000.npy.xz"
 EMBEDDED_TRAIN = 6000  # of the 8,000 embedded images, in the published order; the rest are test images
 

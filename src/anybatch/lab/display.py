@@ -40,6 +40,7 @@ class Display:
         self._live = console.is_terminal
         self._bars: dict[RunConfig, TaskID] = {}
         self._share: dict[RunConfig, float] = {}  # of each run, what is done: 0 to 1
+        self._ended = 0
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -95,15 +96,13 @@ class Display:
 
     def _end(self, config: RunConfig, line: str) -> None:
         self._share[config] = 1.0
+        self._ended += 1
         if self._live:
             self._progress.remove_task(self._bars.pop(config))
             self._update_whole()
             self.console.print(line, soft_wrap=True)
         else:
-            ended = sum(share == 1.0 for share in self._share.values())
-            self.console.print(
-                f"[{ended}/{len(self._share)}] ".replace("[", r"\[") + line + self._left(), soft_wrap=True
-            )
+            self.console.print(rf"\[{self._ended}/{len(self._share)}] {line}{self._left()}", soft_wrap=True)
 
     def _update_whole(self) -> None:
         done = sum(self._costs[config] * share for config, share in self._share.items())

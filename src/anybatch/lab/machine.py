@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["anybatch_version", "commit", "machine", "versions"]
+from anybatch.errors import AnybatchError
+
+__all__ = ["anybatch_version", "check_device", "commit", "machine", "versions"]
 
 
 def anybatch_version() -> str:
@@ -18,6 +20,15 @@ def anybatch_version() -> str:
         return version("anybatch")
     except PackageNotFoundError:
         return "unknown"
+
+
+def check_device(device: str) -> None:
+    """Raises AnybatchError unless tensors can be made on `device`."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise AnybatchError(f"device '{device}' cannot be used ({reason}): use cpu, or one that is there") from error
 
 
 def machine(device: str = "cpu") -> dict[str, str | int]:

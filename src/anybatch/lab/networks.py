@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
 
-__all__ = ["NETWORKS", "BasicBlock", "ResNet", "build", "resnet18", "small_resnet"]
+__all__ = ["NETWORKS", "BasicBlock", "ResNet", "build", "check_network", "resnet18", "small_resnet"]
 
 
 class BasicBlock(nn.Module):
@@ -81,12 +81,17 @@ def resnet18(classes: int, in_channels: int = 3) -> ResNet:
 NETWORKS: dict[str, Callable[[int, int], ResNet]] = {"small-resnet": small_resnet, "resnet18": resnet18}
 
 
+def check_network(name: str) -> None:
+    """Raises AnybatchError unless there is a network called `name`."""
+    if name not in NETWORKS:
+        raise AnybatchError(f"there is no network '{name}': choose one of {', '.join(NETWORKS)}")
+
+
 def build(name: str, classes: int, in_channels: int) -> ResNet:
     """The network called `name`.
 
     Raises:
         AnybatchError: there is none of that name.
     """
-    if name not in NETWORKS:
-        raise AnybatchError(f"there is no network '{name}': choose one of {', '.join(NETWORKS)}")
+    check_network(name)
     return NETWORKS[name](classes, in_channels)

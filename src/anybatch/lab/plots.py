@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from statistics import fmean
@@ -10,6 +11,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from anybatch.lab.summary import Row, Summary
 from anybatch.lab.training import RunResult
@@ -26,7 +28,7 @@ KNOWN = {"cbn": 0, "bn": 1, "gn": 2, "cbn-naive": 3, "cbn-paper": 4}
 MARKERS = "osD^vPX"
 STYLE: Any = {
     "font.family": ["DejaVu Sans", "sans-serif"],
-    "font.size": 11,
+    "font.size": 12,
     "text.color": INK,
     "axes.labelcolor": MUTED,
     "axes.edgecolor": GRID,
@@ -47,14 +49,15 @@ STYLE: Any = {
 def accuracy_figure(summary: Summary) -> Figure:
     """Test accuracy against batch size, with 95 % intervals over seeds; the reference is dashed."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.6, 4.4), layout="constrained")
+        figure = Figure(figsize=(6.6, 4.4), layout="constrained")
         axes = figure.add_subplot()
         colours = _colours(summary.methods)
         batches = sorted({row.batch for row in summary.rows if not row.is_reference})
         names: list[tuple[float, str, str]] = []
-        for method in summary.methods:
+        for place, method in enumerate(summary.methods):
+            shift = 2 ** (0.04 * (place - (len(summary.methods) - 1) / 2))  # side by side, or intervals hide each other
             rows = sorted((r for r in summary.rows if r.method == method and not r.is_reference), key=_batch)
-            if drawn := _line(axes, rows, *colours[method]):
+            if drawn := _line(axes, rows, shift, *colours[method]):
                 names.append((drawn, rows[0].label, colours[method][0]))
         reference = summary.reference
         if reference is not None and reference.accuracy is not None:
@@ -66,15 +69,17 @@ def accuracy_figure(summary: Summary) -> Figure:
         axes.set_xticks(batches, [str(batch) for batch in batches])
         axes.minorticks_off()
         if batches:
-            axes.set_xlim(batches[0] / 1.12, batches[-1] * 1.12)
+            axes.set_xlim(batches[0] / 1.15, batches[-1] * 1.15)
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, 0), min(high, 100.5))  # two seeds can give intervals that no accuracy reaches
         axes.set_xlabel("images a normalization layer sees at once")
-        axes.set_title("Test accuracy, %", loc="left", fontsize=11, color=MUTED)
+        axes.set_title("Test accuracy, %", loc="left", fontsize=12, color=MUTED)
         _name_lines(axes, names)
         return figure
 
 
 def curves_figure(summary: Summary, results: Iterable[RunResult]) -> Figure:
-    """Training loss over the run at the smallest batch size, means over seeds; the reference is dashed."""
+    """Training loss at the smallest batch size, mean over seeds, smoothed over 3 points; the reference is dashed."""
     series: dict[tuple[str, bool], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
         config = result.config
@@ -86,7 +91,7 @@ def curves_figure(summary: Summary, results: Iterable[RunResult]) -> Figure:
             for epochs, loss in result.train_loss:
                 series[config.method, is_reference][epochs].append(loss)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.6, 3.9), layout="constrained")
+        figure = Figure(figsize=(6.6, 3.9), layout="constrained")
         axes = figure.add_subplot()
         colours = _colours(summary.methods)
         names = []
@@ -97,9 +102,12 @@ def curves_figure(summary: Summary, results: Iterable[RunResult]) -> Figure:
             colour = MUTED if is_reference else colours[method][0]
             style: Any = (0, (5, 3)) if is_reference else "-"
             axes.plot(x, y, color=colour, linestyle=style, linewidth=1.8)
-            names.append((y[-1], f"{row.label} at {row.batch}", colour))
+            names.append((y[-1], f"{row.label} at {row.batch}" if is_reference else row.label, colour))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("epochs")
-        axes.set_title("Training loss, mean over seeds, smoothed over 3 points", loc="left", fontsize=11, color=MUTED)
+        axes.set_title(
+            f"Training loss at batch {summary.smallest_batch}, mean over seeds", loc="left", fontsize=12, color=MUTED
+        )
         axes.margins(x=0.01)
         _name_lines(axes, names)
         return figure
@@ -128,12 +136,10 @@ def svg(figure: Figure, transparent: bool = False, prefix: str = "") -> str:
 
 
 def themed(element: str) -> str:
-    """The <svg> element with its colours as CSS variables --c0, --c1, ..., in the order of LIGHT and DARK."""
+    """The <svg> element for a page: as wide as its place, the colours of LIGHT as CSS variables --c0, --c1, ..."""
     for place, colour in enumerate(LIGHT):
         element = element.replace(colour, f"var(--c{place})")
-    return re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", element, count=1), count=1
-    )
+    return re.sub(r' (width|height)="[^"]*pt"', "", element, count=2)
 
 
 def _batch(row: Row) -> int:
@@ -152,12 +158,12 @@ def _colours(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     return {method: (SERIES[place], MARKERS[place]) for method, place in taken.items()}
 
 
-def _line(axes: Axes, rows: Sequence[Row], colour: str, marker: str) -> float | None:
+def _line(axes: Axes, rows: Sequence[Row], shift: float, colour: str, marker: str) -> float | None:
     """Draws one method and says at which height it ends, on the right."""
     points = [(row.batch, row.accuracy) for row in rows if row.accuracy is not None]
     if not points:
         return None
-    x, means = [batch for batch, _ in points], [a.mean for _, a in points]
+    x, means = [batch * shift for batch, _ in points], [a.mean for _, a in points]
     half_widths = [a.half_width or 0.0 for _, a in points]
     axes.errorbar(
         x,
@@ -173,34 +179,46 @@ def _line(axes: Axes, rows: Sequence[Row], colour: str, marker: str) -> float | 
     return means[-1]
 
 
-def _name_lines(axes: Axes, names: Sequence[tuple[float, str, str]], gap: float = 0.062) -> None:
+def _name_lines(axes: Axes, names: Sequence[tuple[float, str, str]], line_height: float = 0.058) -> None:
     """Writes each name right of the axes at the height where its line ends, moved apart where they would overlap.
 
     Args:
         axes: with everything drawn.
         names: height in data units, text, colour.
-        gap: the least distance of two names, as a share of the height of the axes.
+        line_height: of a line of text, as a share of the height of the axes.
     """
     low, high = axes.get_ylim()
-    wanted = sorted(((y - low) / (high - low), text, colour) for y, text, colour in names)
+    wanted = sorted(((y - low) / (high - low), textwrap.fill(text, 17), colour) for y, text, colour in names)
     heights = [height for height, _, _ in wanted]
+    half = [line_height * (text.count("\n") + 1.25) / 2 for _, text, _ in wanted]
     for _ in range(200):  # push overlapping neighbours apart, half each, until they rest
         for i in range(1, len(heights)):
-            if (overlap := gap - (heights[i] - heights[i - 1])) > 0:
+            if (overlap := half[i - 1] + half[i] - (heights[i] - heights[i - 1])) > 0:
                 heights[i - 1] -= overlap / 2
                 heights[i] += overlap / 2
+        if heights:
+            heights[0] = max(heights[0], half[0])
+            heights[-1] = min(heights[-1], 1 - half[-1] / 2)
     for height, (true_height, text, colour) in zip(heights, wanted, strict=True):
         axes.annotate(
             text,
             xy=(1.0, true_height),
-            xytext=(1.045, height),
+            xytext=(1.06, height),
             xycoords="axes fraction",
             textcoords="axes fraction",
             color=colour,
             va="center",
-            fontsize=10,
+            fontsize=11,
+            linespacing=1.0,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 2, "shrinkB": 0},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.8,
+                "relpos": (0, 0.5),
+                "shrinkA": 3,
+                "shrinkB": 0,
+            },
         )
 
 

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from anybatch.errors import AnybatchError
 from anybatch.lab import plots
+from anybatch.lab.data import BUILT_IN
 from anybatch.lab.display import duration
 from anybatch.lab.files import write_atomically
 from anybatch.lab.statistics import Estimate
@@ -34,7 +35,7 @@ def difference_text(estimate: Estimate | None) -> str:
     """As `estimate_text`, with a sign: "−2.0 ± 0.6"."""
     if estimate is None:
         return "–"
-    sign = "\N{MINUS SIGN}" if estimate.mean < 0 else "+"
+    sign = "" if round(estimate.mean, 1) == 0 else "\N{MINUS SIGN}" if estimate.mean < 0 else "+"
     return sign + estimate_text(estimate._replace(mean=abs(estimate.mean)))
 
 
@@ -93,10 +94,11 @@ def write_report(
 def _shared_configuration(results: Sequence[RunResult]) -> dict[str, Any]:
     """What all runs have in common; the table shows the rest."""
     configs = [asdict(result.config) for result in results]
+    hidden = {"method", "batch", "seed"} | ({"image_size"} if configs[0]["data"] in BUILT_IN else set())
     return {
         name.replace("_", " "): "all" if value is None else value
         for name, value in configs[0].items()
-        if name not in ("method", "batch", "seed") and all(config[name] == value for config in configs)
+        if name not in hidden and all(config[name] == value for config in configs)
     }
 
 

@@ -11,6 +11,8 @@ from anybatch.lab.training import RunResult
 __all__ = ["REFERENCE", "Row", "Summary", "label", "summarise"]
 
 REFERENCE = "bn"  # at the gradient batch
+PERCENT = "\N{NO-BREAK SPACE}%"
+WIDE = 3.0  # points: an interval wider to each side says that seeds are too few, not that methods are alike
 
 _LABELS = {
     "bn": "BatchNorm",
@@ -127,7 +129,7 @@ def _conclusions(rows: Sequence[Row]) -> tuple[str, ...]:
     small = [row for row in rows if row.batch == smallest and not row.is_reference]
     collapsed = next((row for row in small if row.method == REFERENCE), None)
     others = [row for row in small if row.method != REFERENCE and row.accuracy is not None]
-    sentences = [f"{at} reaches {reference.accuracy.mean:.1f} % test accuracy ({_seeds(reference.accuracy.n)})."]
+    sentences = [f"{at} reaches {reference.accuracy.mean:.1f}{PERCENT} test accuracy ({_seeds(reference.accuracy.n)})."]
     if collapsed is not None:
         sentences = [_sentence(collapsed, f"At batch {smallest}, BatchNorm", at)]
     if others:
@@ -142,25 +144,29 @@ def _conclusions(rows: Sequence[Row]) -> tuple[str, ...]:
 def _sentence(row: Row, subject: str, reference: str) -> str:
     if row.accuracy is None:
         return f"{subject} diverged."
-    head = f"{subject} reaches {row.accuracy.mean:.1f} %"
+    head = f"{subject} reaches {row.accuracy.mean:.1f}{PERCENT}"
     difference = row.difference
     if difference is None:
         return f"{head}; no seed is shared with {reference}, so there is no paired difference."
     if difference.half_width is None:
         return f"{head}, {_points(difference.mean)} {reference} on one seed: no interval, so take it as a hint."
-    interval = f"95 % interval {_signed(difference.mean - difference.half_width)} to "
+    interval = f"95{PERCENT} interval {_signed(difference.mean - difference.half_width)} to "
     interval += f"{_signed(difference.mean + difference.half_width)}, {_seeds(difference.n)}, paired"
+    if difference.spans_zero and difference.half_width > WIDE:
+        return f"{head}: too few seeds to tell from {reference} ({_signed(difference.mean)} points, {interval})."
     if difference.spans_zero:
         return f"{head}: no difference from {reference} was measured ({_signed(difference.mean)} points, {interval})."
     return f"{head}, {_points(difference.mean)} {reference} ({interval})."
 
 
 def _points(difference: float) -> str:
+    if round(difference, 1) == 0:
+        return "level with"
     return f"{abs(difference):.1f} points {'below' if difference < 0 else 'above'}"
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return f"{round(value, 1) or 0.0:+.1f}".replace("-", "\N{MINUS SIGN}").replace("+0.0", "0.0")
 
 
 def _seeds(n: int) -> str:

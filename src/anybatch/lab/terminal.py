@@ -64,7 +64,7 @@ def train(config: RunConfig, folder: Path, resume: bool, console: Console) -> No
         torch.set_num_threads(1)  # as in a comparison: the same numbers
     dataset = load(config.data, config.train_images, config.test_images, config.image_size)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[note]}"))
-    with Bar(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+    with Bar(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(escape(run_name(config)), total=None, note="")
 
         def show(progress: Progress) -> None:
@@ -107,10 +107,10 @@ def _table(summary: Summary) -> Table:
     for row in summary.rows:
         diverged = f" ({row.diverged} of {row.runs} diverged)" if row.diverged else ""
         table.add_row(
-            escape(row.label) + (" (the reference)" if row.is_reference else ""),
+            escape(row.label),
             str(row.batch),
             estimate_text(row.accuracy) + diverged,
-            difference_text(row.difference),
+            "reference" if row.is_reference else difference_text(row.difference),
             "–" if row.train_accuracy is None else f"{row.train_accuracy:.1f}",
             f"{row.seconds:.0f}",
             style="bold" if row.is_reference else None,

@@ -49,7 +49,7 @@ class RunResult:
         accuracy: on the test images, in evaluation mode, after the last epoch; in percent. Likewise `loss`.
         train_accuracy: on the training images, in evaluation mode, after the last epoch; in percent.
         curve: per epoch, {"epoch", "accuracy", "loss"} on the test images.
-        train_loss: means of 1/20 epoch each, in training mode, as (epochs, loss).
+        train_loss: means of 1/20 epoch each, in training mode, as [epochs, loss].
     """
 
     key: str
@@ -61,7 +61,7 @@ class RunResult:
     train_accuracy: float | None
     seconds: float
     curve: list[dict[str, float | None]]
-    train_loss: list[tuple[float, float]]
+    train_loss: list[list[float]]
     fingerprint: str
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -104,8 +104,9 @@ def train_run(
         resume: go on from `checkpoint`, at the epoch it was saved after, exactly as if never stopped.
 
     Raises:
-        AnybatchError: the configuration does not fit the data, or the checkpoint the configuration.
+        AnybatchError: the configuration does not fit the machine or the data, or the checkpoint the configuration.
     """
+    machine.check_device(config.device)
     updates = config.updates(len(dataset.train_images))
     if updates == 0:
         raise AnybatchError(
@@ -154,7 +155,7 @@ def train_run(
                 diverged = not math.isfinite(mean_loss)
                 if diverged:
                     break
-                done.train_loss.append((round(done.epoch + (update + 1) / updates, 4), round(mean_loss, 5)))
+                done.train_loss.append([round(done.epoch + (update + 1) / updates, 4), round(mean_loss, 5)])
             if progress is not None:
                 images_done = (done.epoch * updates + update + 1) * config.gradient_batch
                 progress(Progress(images_done, total_images, done.accuracy))

@@ -31,7 +31,7 @@ from ..core.moments import Moments, bessel, moments, pool, update_running_
 from ..core.pooled import Batch, Pooled, normalise_pooled
 from ..core.taylor import carry, history_gradient, mean_response, variance_response
 from ..errors import AnybatchError
-from .feed import Feed, FedLayer
+from .feed import FedLayer, Feed, eager
 from .history import History
 from .replay import Replay
 
@@ -133,9 +133,7 @@ class CrossIterationBatchNorm(FedLayer):
             "burn_in_steps": burn_in_steps,
         }
         check_options(**options)
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias, **options
-        )
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias, **options)
         self.window = window
         self.gradient = gradient
         self.compensate = compensate
@@ -180,8 +178,10 @@ class CrossIterationBatchNorm(FedLayer):
         self.check(y)
         if not self.training:
             return self.infer(y)
-        if y.numel() == 0:
-            return self.pass_empty(y)
+        return self.pass_empty(y) if y.numel() == 0 else self._normalise(y)
+
+    @eager
+    def _normalise(self, y: Tensor) -> Tensor:
         index, feed = self.take_feed(y)
         batch = self._measure(y.detach(), feed)
         with torch.no_grad():
@@ -204,7 +204,9 @@ class CrossIterationBatchNorm(FedLayer):
         now = moments(y)
         dtype, channels = now.mean.dtype, self.num_features
         if feed is None or not self.compensate or self.window == 1:
-            return Batch(now, now.mean.new_zeros(channels, 0), None, now.mean.new_zeros(1, 0), now.mean.new_zeros(channels, 0))
+            return Batch(
+                now, now.mean.new_zeros(channels, 0), None, now.mean.new_zeros(1, 0), now.mean.new_zeros(channels, 0)
+            )
         with torch.no_grad():
             patch = feed.geometry.mean_patch(feed.x, tuple(y.shape[2:])).to(dtype)
             covariance = feed.geometry.covariance(feed.x, y - per_channel(now.mean, y), feed.weight).to(dtype)
@@ -221,14 +223,17 @@ class CrossIterationBatchNorm(FedLayer):
         now, samples = batch.now, self.pooling == "samples"
         past = history.entries()
         carried = carry(past, batch.rows, batch.bias, self.second_moment)
-        used = past.count if samples else past.count.sign()
+        used = past.sizes if samples else past.sizes.sign()
         used = used * (history.forwards >= self.burn_in_steps)
-        weights = torch.cat([used.new_full((1,), float(now.count) if samples else 1.0), used])
+        weights = torch.cat([used.new_full((1,), float(now.size) if samples else 1.0), used])
         shares = weights / weights.sum()
-        means, variances = torch.cat([now.mean[:, None], carried.mean], 1), torch.cat([now.var[:, None], carried.var], 1)
+        means, variances = (
+            torch.cat([now.mean[:, None], carried.mean], 1),
+            torch.cat([now.var[:, None], carried.var], 1),
+        )
         mean, var = pool(means, variances, shares)
         share = shares[0]
-        if now.count == 1 and self.running_mean is not None and self.running_var is not None:
+        if now.size == 1 and self.running_mean is not None and self.running_var is not None:
             # One value has no variance of its own: without history it is normalised by the running statistics.
             alone = share == 1
             mean, var = torch.where(alone, self.running_mean, mean), torch.where(alone, self.running_var, var)
@@ -244,10 +249,16 @@ class CrossIterationBatchNorm(FedLayer):
         mean_at = mean_response(batch.patch.unsqueeze(1), batch.rows, batch.bias)[:, 0]
         var_at = variance_response(batch.covariance.unsqueeze(1), batch.rows)[:, 0]
         history.push_(now, ok, mean_at, var_at, batch.patch, batch.covariance)
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
-            self._update_running(now, ok, examples)
+        self._update_running(now, ok, examples)
 
     def _update_running(self, now: Moments, ok: Tensor, examples: int) -> None:
+        if (
+            not self.track_running_stats
+            or self.running_mean is None
+            or self.running_var is None
+            or self.num_batches_tracked is None
+        ):
+            return
         self.num_batches_tracked.add_(ok)
         moved = ok.to(now.mean.dtype)
         if self.momentum is None:
@@ -256,6 +267,6 @@ class CrossIterationBatchNorm(FedLayer):
             rate = moved * self.momentum
         else:
             rate = moved * (1 - (1 - self.momentum) ** min(1.0, examples / self.momentum_batch))
-        var = bessel(now.var, now.count) if self.torch_running else now.var
+        var = bessel(now.var, now.size) if self.torch_running else now.var
         mean, var = torch.where(ok, now.mean, 0.0), torch.where(ok, var, 0.0)
         update_running_(self.running_mean, self.running_var, mean, var, rate, total=not self.torch_running)

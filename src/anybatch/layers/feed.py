@@ -8,6 +8,7 @@ themselves.
 
 from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -15,7 +16,10 @@ from ..core.linear_map import MAPS, LinearMap
 from ..errors import AnybatchError
 from .base import NormLayer
 
-__all__ = ["Feed", "FedLayer", "Link"]
+__all__ = ["FedLayer", "Feed", "Link", "eager"]
+
+# Runs as it is in the middle of a compiled model: what it ties to tensors and keeps between steps is no graph's business.
+eager = torch._disable_dynamo  # type: ignore[attr-defined]
 
 _TAG = "_anybatch_feed"
 
@@ -133,6 +137,7 @@ def _feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], vers
     return Feed(module, geometry, x.detach(), module.weight, module.bias, version)  # type: ignore[arg-type]
 
 
+@eager
 def _tag_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
     setattr(output, _TAG, _feed(module, args, kwargs, output._version))
 

@@ -41,7 +41,8 @@ class History:
 
     def entries(self) -> Entries:
         """The ring as the core reads it; empty slots have count 0."""
-        return Entries(self.count, *self.scalars.unbind(0), self.patch, self.covariance)
+        mean, var, mean_at, var_at = self.scalars.unbind(0)
+        return Entries(self.count, mean, var, mean_at, var_at, self.patch, self.covariance)
 
     def push_(self, now: Moments, ok: Tensor, mean_at: Tensor, var_at: Tensor, patch: Tensor, cov: Tensor) -> None:
         """Write a batch into the free slot, and free the oldest if ``ok`` (a bool on the device)."""
@@ -51,7 +52,7 @@ class History:
         if patch.numel():
             self.patch.index_copy_(1, self.slot, patch.nan_to_num(0.0, 0.0, 0.0).unsqueeze(1))
             self.covariance.index_copy_(1, self.slot, cov.nan_to_num(0.0, 0.0, 0.0).unsqueeze(1))
-        self.count.index_fill_(0, self.slot, float(now.count))
+        self.count.index_fill_(0, self.slot, float(now.size))
         self.slot.add_(ok).remainder_(self.count.shape[0])
         self.count.index_fill_(0, self.slot, 0.0)
         self.forwards.add_(1)

@@ -32,8 +32,14 @@ def load_history_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     Raises:
         AnybatchError: the state is of another version, names other layers than the model has, or does not fit them.
     """
-    if not isinstance(state, Mapping) or state.get("version") != _VERSION or not isinstance(state.get("layers"), Mapping):
-        raise AnybatchError(f"load_history_state_dict: not a history of version {_VERSION}; save it with history_state_dict")
+    if (
+        not isinstance(state, Mapping)
+        or state.get("version") != _VERSION
+        or not isinstance(state.get("layers"), Mapping)
+    ):
+        raise AnybatchError(
+            f"load_history_state_dict: not a history of version {_VERSION}; save it with history_state_dict"
+        )
     modules = {n: m for n, m in model.named_modules() if isinstance(m, CrossIterationBatchNorm)}
     saved = state["layers"]
     if set(saved) != set(modules):

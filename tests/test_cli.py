@@ -1,0 +1,125 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from anybatch.cli import app
+from anybatch.lab.compare import FULL, QUICK
+
+from .lab_fakes import image_folder
+
+COMPARE = [
+    *["--method", "--batch", "--seeds", "--data", "--train-images", "--test-images", "--image-size", "--epochs"],
+    *["--network", "--lr", "--mode", "--device", "--jobs", "--out", "--quick"],
+]
+TRAIN = [
+    *["--out", "--method", "--batch", "--seed", "--data", "--train-images", "--test-images", "--image-size"],
+    *["--epochs", "--network", "--lr", "--mode", "--device", "--resume"],
+]
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1"})
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize(("command", "options"), [("compare", COMPARE), ("train", TRAIN), ("methods", [])])
+def test_options_are_frozen(command: str, options: list[str]) -> None:
+    """A new option is a promise: it is added here on purpose."""
+    parameters = get_command(app).commands[command].params
+    assert [parameter.opts[0] for parameter in parameters if parameter.name != "help"] == options
+
+
+def test_help_and_version_do_not_load_the_lab() -> None:
+    for argument in ("--help", "--version"):
+        code = f"import sys; sys.argv = ['anybatch', {argument!r}]\nfrom anybatch.cli import app\n"
+        code += "try: app()\nexcept SystemExit: assert 'matplotlib' not in sys.modules"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "anybatch" in done.stdout
+
+
+def test_library_does_not_load_the_lab() -> None:
+    code = "import sys, anybatch; assert not {'typer', 'rich', 'matplotlib', 'jinja2', 'PIL'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_missing_extras_are_named() -> None:
+    code = "import sys, importlib.util as u; real = u.find_spec\n"
+    code += "u.find_spec = lambda name, *a: None if name == 'jinja2' else real(name, *a)\nimport anybatch.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "Error: the command line needs jinja2: pip install 'anybatch[lab]'\n"
+
+
+def test_methods_table() -> None:
+    from anybatch.methods import METHODS
+
+    code, output = run("methods")
+    assert code == 0
+    for name, method in METHODS.items():
+        assert name in output
+        assert method.source in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "--method", "cnb"], "unknown method 'cnb'; did you mean cbn"),
+        (["compare", "--batch", "3"], "batch 3 does not divide the gradient batch 32"),
+        (["compare", "--data", "no/such/folder"], "there is no data folder no/such/folder"),
+        (["compare", "--train-images", "7000"], "7000 train images are asked for, 'embedded' has 6000"),
+        (["compare", "--network", "vgg"], "there is no network 'vgg'"),
+        (["train", "--lr", "0"], "lr is 0.0"),
+        (["train", "--resume"], "has no checkpoint to resume"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], message: str) -> None:
+    code, output = run(*arguments, "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert output.startswith("Error: ")
+    assert output.count("\n") == 1
+    assert message in output
+
+
+def test_compare_from_end_to_end(tmp_path: Path) -> None:
+    images, out = image_folder(tmp_path / "images", {"red": 30, "green": 30}), tmp_path / "out"
+    options = ["--data", str(images), "--image-size", "8", "--epochs", "1", "--seeds", "2", "--jobs", "1"]
+    code, output = run("compare", *options, "--method", "gn", "--batch", "16", "--out", str(out))
+    assert code == 0, output
+    assert "4 runs to do" in output
+    assert "GroupNorm" in output
+    assert str(out / "report.html") in output
+    assert {path.name for path in out.iterdir()} == {
+        ".lock",
+        "runs.jsonl",
+        "accuracy.png",
+        "accuracy.svg",
+        "report.html",
+    }
+    assert len((out / "runs.jsonl").read_text().splitlines()) == 4
+    code, output = run("compare", *options, "--method", "gn", "--batch", "16", "--out", str(out))
+    assert (code, "0 runs to do, 4 already done" in output) == (0, True)
+
+
+def test_train_saves_and_resumes(tmp_path: Path) -> None:
+    images, out = image_folder(tmp_path / "images", {"red": 30, "green": 30}), tmp_path / "out"
+    options = ["--data", str(images), "--image-size", "8", "--epochs", "1", "--batch", "8", "--out", str(out)]
+    code, output = run("train", *options)
+    assert code == 0, output
+    assert "CBN at batch 8, seed 0" in output
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "training.pt", "config.json"}
+    assert json.loads((out / "config.json").read_text())["config"]["method"] == "cbn"
+    code, output = run("train", *options, "--resume")
+    assert code == 0, output
+    code, output = run("train", *options, "--resume", "--seed", "1")
+    assert (code, "was trained with seed=0, not 1" in output) == (2, True)
+
+
+def test_quick_is_small() -> None:
+    assert QUICK.seeds * (1 + len(QUICK.methods) * len(QUICK.batches)) == 7
+    assert set(QUICK.methods) <= set(FULL.methods)

@@ -1,0 +1,103 @@
+import multiprocessing
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from anybatch.errors import AnybatchError
+from anybatch.lab import compare as lab
+from anybatch.lab.compare import FULL, QUICK, compare, plan
+from anybatch.lab.config import RunConfig
+from anybatch.lab.display import Display
+from anybatch.lab.results import RUNS
+from anybatch.lab.workers import Event, Failed, Finished, Started, run_all
+
+from .lab_fakes import image_folder
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> RunConfig:
+    folder = image_folder(tmp_path / "images", {"red": 30, "green": 30})
+    return RunConfig(data=str(folder), image_size=8, epochs=1)
+
+
+def display() -> Display:
+    return Display(Console(quiet=True), 1)
+
+
+def test_plan_has_every_run_once() -> None:
+    configs = plan(RunConfig(), FULL.methods, FULL.batches, FULL.seeds)
+    assert len(configs) == len(set(configs)) == (1 + 5 * 3) * 3
+    assert sum(c.method == "bn" and c.batch == 32 for c in configs) == 3
+    assert len(plan(RunConfig(), QUICK.methods, QUICK.batches, QUICK.seeds)) == 7
+    assert len(plan(RunConfig(), ["bn"], [32], 2)) == 2
+
+
+def test_runs_are_kept_and_never_done_again(tmp_path: Path, base: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = plan(base, ["gn"], [16], 1)
+    outcome = compare(configs, tmp_path / "out", 2, display())
+    assert [r.config for r in outcome.results] == configs
+    assert not outcome.failures
+    before = (tmp_path / "out" / RUNS).read_bytes()
+
+    planned: list[RunConfig] = []
+
+    def none_run(todo: list[RunConfig], jobs: int) -> Iterator[Event]:
+        planned.extend(todo)
+        yield from ()
+
+    monkeypatch.setattr(lab, "run_all", none_run)
+    again = compare(configs, tmp_path / "out", 2, display())
+    assert (again.reused, again.results, planned) == (2, outcome.results, [])
+    assert (tmp_path / "out" / RUNS).read_bytes() == before
+
+    # One damaged line: that run is planned again, no other.
+    lines = before.decode().splitlines()
+    (tmp_path / "out" / RUNS).write_text(f"{lines[0]}\n{lines[1][:100]}\n")
+    assert compare(configs, tmp_path / "out", 2, display()).reused == 1
+    assert len(planned) == 1
+
+
+def test_a_failed_or_killed_run_leaves_the_others(base: RunConfig) -> None:
+    fails = replace(base, device="nonsense")
+    killed, good = replace(base, seed=1), replace(base, seed=2)
+    events = []
+    with closing(run_all([fails, killed, good], jobs=1)) as stream:
+        for event in stream:
+            events.append(event)
+            if event == Started(killed):
+                multiprocessing.active_children()[0].kill()
+    ends = {event.config: event for event in events if isinstance(event, Finished | Failed)}
+    assert "device 'nonsense' cannot be used" in ends[fails].reason
+    assert "its process ended with exit code -9" in ends[killed].reason
+    assert ends[good].result.status == "finished"
+
+
+def test_wrong_plans_are_refused_before_any_run(tmp_path: Path, base: RunConfig) -> None:
+    with pytest.raises(AnybatchError, match="unknown method 'cnb'"):
+        compare(plan(base, ["cnb"], [1], 1), tmp_path / "out", 1, display())
+    with pytest.raises(AnybatchError, match="device 'nonsense' cannot be used"):
+        compare(plan(replace(base, device="nonsense"), ["bn"], [1], 1), tmp_path / "out", 1, display())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path, base: RunConfig) -> None:
+    command = [sys.executable, "-m", "anybatch.cli", "compare", "--data", base.data, "--epochs", "200", "--jobs", "1"]
+    command += ["--method", "bn", "--batch", "1", "--seeds", "1", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if "runs to do" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "0 of 2 runs are finished and safe" in rest.replace("\n", " ")
+    assert "To go on: anybatch compare --data" in rest
+    assert "Traceback" not in rest

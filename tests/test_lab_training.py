@@ -1,0 +1,179 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from anybatch.errors import AnybatchError
+from anybatch.lab import training
+from anybatch.lab.config import RunConfig
+from anybatch.lab.networks import NETWORKS, build, small_resnet
+from anybatch.lab.training import build_model, run_key, train_run
+
+from . import lab_fakes
+
+DATA = lab_fakes.dataset()
+CONFIG = RunConfig(method="bn", batch=4, epochs=3, lr=0.05)
+
+
+def outcome(result: training.RunResult) -> tuple[object, ...]:
+    return result.accuracy, result.loss, result.train_accuracy, result.curve, [list(pair) for pair in result.train_loss]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_have_torchvision_names(name: str) -> None:
+    model = build(name, 5, 3)
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 5)
+    names = set(model.state_dict())
+    assert {"conv1.weight", "bn1.running_mean", "layer2.0.downsample.1.weight", "fc.bias"} <= names
+    with pytest.raises(AnybatchError, match="there is no network 'vgg': choose one of small-resnet"):
+        build("vgg", 5, 3)
+
+
+def test_small_resnet_is_that_of_the_protocol() -> None:
+    model = small_resnet(10)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert [m.out_channels for m in convolutions] == [12, 12, 12, 24, 24, 24, 48, 48, 48]
+    assert all(m.bias is None for m in convolutions)
+    std = float(model.layer3[0].conv2.weight.detach().std())
+    assert std == pytest.approx((2 / (48 * 9)) ** 0.5, rel=0.05)
+
+
+def test_same_seed_same_run_and_a_full_record() -> None:
+    first, second = train_run(CONFIG, DATA), train_run(CONFIG, DATA)
+    assert outcome(first) == outcome(second)
+    record = json.loads(json.dumps(first.record(), allow_nan=False))
+    assert record["norm"] == "BN()"
+    assert record["key"] == run_key(CONFIG, DATA)
+    assert {"machine", "versions", "commit", "date", "seconds"} <= set(record)
+    assert first.accuracy > 90
+    assert len(first.curve) == 3
+
+
+def test_runs_of_a_seed_are_paired_across_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, orders = [], []
+    real = torch.randperm
+
+    def recorded(*args: object, **kwargs: object) -> torch.Tensor:
+        orders.append(real(*args, **kwargs))
+        return orders[-1]
+
+    monkeypatch.setattr(torch, "randperm", recorded)
+    for method, batch in (("bn", 32), ("gn", 2), ("cbn", 2)):
+        config = replace(CONFIG, method=method, batch=batch, epochs=1)
+        weights.append(torch.cat([p.detach().flatten() for p in build_model(config, DATA).parameters()]))
+        train_run(config, DATA)
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+    assert torch.equal(orders[0], orders[1])
+    assert torch.equal(orders[0], orders[2])
+    other = build_model(replace(CONFIG, seed=1), DATA)
+    assert not torch.equal(weights[0], torch.cat([p.detach().flatten() for p in other.parameters()]))
+
+
+def test_accumulated_groupnorm_is_the_whole_batch() -> None:
+    # GroupNorm sees one image at a time, so micro-batches change nothing but the order of sums.
+    whole, parts = (train_run(replace(CONFIG, method="gn", batch=batch), DATA) for batch in (32, 8))
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-3)
+    stepped = train_run(replace(CONFIG, method="gn", batch=8, mode="step"), DATA)
+    assert stepped.loss != pytest.approx(whole.loss, rel=1e-3)
+
+
+def test_learning_rate_falls_along_the_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = []
+    real = torch.optim.SGD.step
+
+    def recorded(self: torch.optim.SGD) -> None:
+        rates.append(self.param_groups[0]["lr"])
+        real(self)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", recorded)
+    train_run(replace(CONFIG, epochs=2, lr=0.1), DATA)
+    assert rates == pytest.approx([0.1, 0.085355, 0.05, 0.0146447], rel=1e-4)
+    rates.clear()
+    train_run(replace(CONFIG, epochs=1, lr=0.1, batch=16, mode="step"), DATA)
+    assert rates == pytest.approx([0.05, 0.0426777, 0.025, 0.00732233], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["bn", "cbn"])
+def test_resume_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    config = replace(CONFIG, method=method)
+    whole = train_run(config, DATA, checkpoint=tmp_path / "whole")
+
+    def stop_in_the_second_epoch(progress: training.Progress) -> None:
+        if progress.images > progress.total // 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_run(config, DATA, stop_in_the_second_epoch, checkpoint=tmp_path / "parts")
+    torch.manual_seed(999)
+    parts = train_run(config, DATA, checkpoint=tmp_path / "parts", resume=True)
+    assert outcome(parts) == outcome(whole)
+    files = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", "parts")]
+    assert files[0] == files[1]
+    assert set(safetensors.torch.load(files[0])) == set(small_resnet(3).state_dict())
+
+
+def test_resume_of_what_is_not_there_or_another(tmp_path: Path) -> None:
+    with pytest.raises(AnybatchError, match="has no checkpoint to resume"):
+        train_run(CONFIG, DATA, checkpoint=tmp_path, resume=True)
+    train_run(replace(CONFIG, epochs=1), DATA, checkpoint=tmp_path)
+    with pytest.raises(AnybatchError, match="was trained with epochs=1, not 3"):
+        train_run(CONFIG, DATA, checkpoint=tmp_path, resume=True)
+    with pytest.raises(AnybatchError, match="have changed"):
+        train_run(replace(CONFIG, epochs=1), lab_fakes.dataset(96), checkpoint=tmp_path, resume=True)
+    (tmp_path / "training.pt").write_bytes(b"cut short")
+    with pytest.raises(AnybatchError, match="is damaged"):
+        train_run(replace(CONFIG, epochs=1), DATA, checkpoint=tmp_path, resume=True)
+
+
+def test_divergence_is_a_result() -> None:
+    result = train_run(replace(CONFIG, lr=1e30), DATA)
+    assert (result.status, result.accuracy, result.loss) == ("diverged", None, None)
+    json.dumps(result.record(), allow_nan=False)
+
+
+def test_burn_in_as_a_share_of_the_forwards() -> None:
+    config = RunConfig(method="cbn-paper(burn_in_steps='1/3')", batch=1, epochs=3)
+    assert config.resolved_method(6000) == "cbn-paper(burn_in_steps=5984)"  # 3 * 187 * 32 / 3
+    assert replace(config, batch=4).resolved_method(6000) == "cbn-paper(burn_in_steps=1496)"
+    assert "burn_in_steps=5984" in repr(config.norm(6000))
+
+
+def test_key_names_configuration_method_and_data() -> None:
+    keys = {
+        run_key(config, data)
+        for config, data in [
+            (CONFIG, DATA),
+            (replace(CONFIG, seed=1), DATA),
+            (replace(CONFIG, method="gn"), DATA),
+            (CONFIG, lab_fakes.dataset(96)),
+        ]
+    }
+    assert len(keys) == 4
+    assert run_key(CONFIG, DATA) == run_key(replace(CONFIG), lab_fakes.dataset())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch": 3}, "batch 3 does not divide the gradient batch 32: choose one of 1, 2, 4, 8, 16, 32"),
+        ({"batch": 0}, "batch 0 does not divide"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"mode": "other"}, "there is no mode 'other'"),
+    ],
+)
+def test_configurations_that_do_not_fit(change: dict[str, object], message: str) -> None:
+    with pytest.raises(AnybatchError, match=message):
+        replace(CONFIG, **change)
+
+
+def test_run_that_does_not_fit_the_data_or_machine() -> None:
+    with pytest.raises(AnybatchError, match="20 training images do not fill one gradient batch of 32"):
+        train_run(CONFIG, lab_fakes.dataset(20))
+    with pytest.raises(AnybatchError, match="device 'nonsense' cannot be used"):
+        train_run(replace(CONFIG, device="nonsense"), DATA)
