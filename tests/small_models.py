@@ -187,6 +187,13 @@ class Double(nn.Module):
         return 2 * weight
 
 
+class Noise(nn.Module):
+    """Another weight at every reading."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + torch.randn_like(weight)
+
+
 def parametrized(kind: str) -> nn.Conv2d:
     conv = nn.Conv2d(3, 5, 3)
     match kind:
@@ -194,7 +201,7 @@ def parametrized(kind: str) -> nn.Conv2d:
             return parametrizations.weight_norm(conv)
         case "spectral_norm":
             return parametrizations.spectral_norm(conv)
-    parametrize.register_parametrization(conv, "weight", Double())
+    parametrize.register_parametrization(conv, "weight", Noise() if kind == "noise" else Double())
     return conv
 
 
@@ -209,3 +216,25 @@ def shake(model: nn.Module) -> nn.Module:
                 if parameter is not None:
                     nn.init.normal_(parameter)
     return model
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return model.state_dict(keep_vars=True)
+
+
+def assert_untouched(model: nn.Module, modules: list[nn.Module], before: dict[str, Tensor]) -> None:
+    assert list(model.modules()) == modules
+    assert list(tensors(model)) == list(before)
+    assert all(tensor is before[name] for name, tensor in tensors(model).items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+def flat(output: object) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    return [t for item in (output.values() if isinstance(output, dict) else output) for t in flat(item)]
+
+
+def train_step(model: nn.Module, x: Tensor) -> None:
+    outputs = flat(model(x))
+    torch.autograd.backward(outputs, [torch.randn_like(t) for t in outputs])

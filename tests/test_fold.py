@@ -21,16 +21,11 @@ from .small_models import (
     Steps,
     Unpairable,
     assorted,
+    flat,
     shake,
 )
 
 X = (2, 3, 15, 13)
-
-
-def flat(output: object) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    return [t for item in (output.values() if isinstance(output, dict) else output) for t in flat(item)]
 
 
 def norms_in(model: nn.Module) -> list[nn.Module]:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from anybatch.errors import AnybatchError
 from anybatch.lab import compare as lab
-from anybatch.lab.compare import FULL, QUICK, compare, plan
+from anybatch.lab.compare import FULL, QUICK, compare, plan, schedule
 from anybatch.lab.config import RunConfig
 from anybatch.lab.display import Display
 from anybatch.lab.results import RUNS
@@ -37,6 +37,12 @@ def test_plan_has_every_run_once() -> None:
     assert sum(c.method == "bn" and c.batch == 32 for c in configs) == 3
     assert len(plan(RunConfig(), QUICK.methods, QUICK.batches, QUICK.seeds)) == 7
     assert len(plan(RunConfig(), ["bn"], [32], 2)) == 2
+
+
+def test_schedule_is_seed_by_seed_reference_first_then_longest() -> None:
+    configs = schedule(plan(RunConfig(), ["bn", "cbn"], [1, 4], 2))
+    assert [c.seed for c in configs] == [0] * 5 + [1] * 5
+    assert [(c.method, c.batch) for c in configs[:5]] == [("bn", 32), ("cbn", 1), ("cbn", 4), ("bn", 1), ("bn", 4)]
 
 
 def test_runs_are_kept_and_never_done_again(tmp_path: Path, base: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

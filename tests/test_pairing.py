@@ -125,7 +125,7 @@ def test_a_norm_that_a_map_feeds_only_sometimes() -> None:
     assert found.reason.startswith("in some of its calls, fed by no linear map")
 
 
-@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "own"])
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "noise", "own"])
 @pytest.mark.parametrize("training", [True, False])
 def test_parametrized_weights_pair_by_the_weight_that_was_used(kind: str, training: bool) -> None:
     model = nn.Sequential(parametrized(kind), nn.BatchNorm2d(5)).train(training)
@@ -158,6 +158,12 @@ def test_other_users_of_the_maps_output(use: str, said: str) -> None:
     assert [feed.name for feed in found.feeds] == ["conv"]
     assert found.shared == said
     assert found.exclusive == (not said)
+
+
+def test_a_hook_that_looks_at_the_maps_output_is_no_other_user() -> None:
+    model, seen = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output.square().mean().item()))
+    assert paired(model, torch.randn(2, 3, 9, 7))["1"].exclusive
 
 
 @pytest.mark.parametrize("between", [nn.Dropout(0.5), nn.ReLU(inplace=True)])

@@ -94,8 +94,8 @@ def compare(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="As for train; repeat for several. A quoted fraction, as in \"cbn-paper(burn_in_steps='1/3')\", is that "
-            "share of the training forwards."
+            help="As for train; repeat for several. A quoted fraction, as in \"cbn-paper(burn_in_steps='1/3')\", "
+            "is that share of the training forwards."
         ),
     ] = None,
     batch: Annotated[
@@ -122,11 +122,12 @@ def compare(
     from anybatch.lab import compare as lab
     from anybatch.lab import terminal
     from anybatch.lab.config import RunConfig
+    from anybatch.lab.data import BUILT_IN
 
     preset = lab.QUICK if quick else lab.FULL
     base = RunConfig(
         data=data,
-        train_images=preset.train_images if train_images is None and data == "embedded" else train_images,
+        train_images=preset.train_images if train_images is None and data in BUILT_IN else train_images,
         test_images=test_images,
         image_size=image_size,
         network=network,

@@ -88,7 +88,7 @@ def select(call: str, model: nn.Module, where: Where) -> dict[str, str]:
         )
     reasons = {n: obstacle(norm) if n in chosen else "excluded by where" for n, norm in norms.items()}
     if all(reasons.values()):
-        said = "; ".join(f"'{n}': {reasons[n]}" for n in list(chosen)[:5])
+        said = "; ".join(f"'{n}': {reasons[n]}" for n in [n for n in norms if n in chosen][:5])
         raise AnybatchError(f"{call}: none of the norms can be replaced: {said}")
     return reasons
 

@@ -141,7 +141,10 @@ def _complaint(reasons: dict[str, str]) -> str:
         if reason:
             by_reason.setdefault(reason, []).append(f"'{name}'")
     count = sum(len(names) for names in by_reason.values())
-    lines = [f"  {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+    lines = []
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        lines.append(f"  {', '.join(names[:8])}{more}: {reason}")
     head = f"fold: {count} of {len(reasons)} norms cannot be folded (strict=False leaves such norms in place):"
     return "\n".join([head, *lines])
 

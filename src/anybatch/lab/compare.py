@@ -11,11 +11,11 @@ from anybatch.lab.data import Dataset, load
 from anybatch.lab.display import Display
 from anybatch.lab.networks import check_network
 from anybatch.lab.results import Results
-from anybatch.lab.summary import REFERENCE
+from anybatch.lab.summary import REFERENCE, is_reference
 from anybatch.lab.training import RunResult, run_key
 from anybatch.lab.workers import Advanced, Failed, Finished, Started, run_all
 
-__all__ = ["FULL", "QUICK", "Outcome", "Preset", "compare", "cost", "plan"]
+__all__ = ["FULL", "QUICK", "Outcome", "Preset", "compare", "cost", "plan", "schedule"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,16 @@ def cost(config: RunConfig) -> float:
     return config.epochs * history * (1 + 1.3 / config.batch)
 
 
+def schedule(configs: Sequence[RunConfig]) -> list[RunConfig]:
+    """The order to run in: seed by seed and the reference first, so that a part of it already compares.
+
+    Within a seed the longest come first, so that the processes end together.
+    """
+    return sorted(configs, key=lambda c: (c.seed, not is_reference(c), -cost(c)))
+
+
 def compare(configs: Sequence[RunConfig], folder: Path, jobs: int, display: Display) -> Outcome:
-    """Does what is not yet done of `configs`, longest first, so that the processes end together.
+    """Does what is not yet done of `configs`, in the order of `schedule`.
 
     Raises:
         AnybatchError: a configuration does not fit, or the results cannot be written.
@@ -75,7 +83,7 @@ def compare(configs: Sequence[RunConfig], folder: Path, jobs: int, display: Disp
     with Results(folder) as results:
         for warning in results.warnings:
             display.warn(warning)
-        todo = sorted((c for c in configs if keys[c] not in results.runs), key=cost, reverse=True)
+        todo = schedule([c for c in configs if keys[c] not in results.runs])
         outcome = Outcome([], reused=len(configs) - len(todo))
         total = {c: c.epochs * c.updates(len(dataset.train_images)) * c.gradient_batch for c in todo}
         costs = {c: cost(c) for c in todo}

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from anybatch.lab.config import RunConfig
 from anybatch.lab.statistics import Estimate, estimate
 from anybatch.lab.training import RunResult
 
-__all__ = ["REFERENCE", "Row", "Summary", "label", "summarise"]
+__all__ = ["REFERENCE", "Row", "Summary", "is_reference", "label", "summarise"]
 
 REFERENCE = "bn"  # at the gradient batch
 PERCENT = "\N{NO-BREAK SPACE}%"
@@ -81,21 +82,21 @@ class Summary:
         return min((row.batch for row in self.rows if not row.is_reference), default=None)
 
 
+def is_reference(config: RunConfig) -> bool:
+    """Whether a run is BatchNorm at the full gradient batch."""
+    return config.method == REFERENCE and config.batch == config.gradient_batch
+
+
 def summarise(results: Iterable[RunResult], methods: Sequence[str] = ()) -> Summary:
     """Groups `results` by method and batch size; `methods` gives the order."""
     groups: dict[tuple[str, int], dict[int, RunResult]] = {}
     for result in results:
         groups.setdefault((result.config.method, result.config.batch), {})[result.config.seed] = result
-    reference = next((g for g in groups if _is_reference(groups[g])), None)
+    reference = next((g for g in groups if is_reference(next(iter(groups[g].values())).config)), None)
     order = {method: place for place, method in enumerate(methods)}
     keys = sorted(groups, key=lambda key: (key != reference, order.get(key[0], len(order)), key))
     rows = tuple(_row(groups[key], groups.get(reference) if reference else None, key == reference) for key in keys)
     return Summary(rows, _conclusions(rows))
-
-
-def _is_reference(group: dict[int, RunResult]) -> bool:
-    config = next(iter(group.values())).config
-    return config.method == REFERENCE and config.batch == config.gradient_batch
 
 
 def _row(group: dict[int, RunResult], reference: dict[int, RunResult] | None, is_reference: bool) -> Row:

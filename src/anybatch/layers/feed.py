@@ -82,6 +82,7 @@ class FedLayer(NormLayer):
             raise AnybatchError(
                 f"follows({map}): the map puts out {channels} channels, the norm has num_features={self.num_features}"
             )
+        self.dims = self.dims or max(1, len(geometry.kernel))
         handles: list[Any] = []
         if inside:
             handles.append(map.register_forward_pre_hook(self._stash_input, with_kwargs=True))
@@ -127,7 +128,8 @@ class FedLayer(NormLayer):
         )
 
     def _stash_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._stash = _feed(module, args, kwargs, 0)
+        if self.training:
+            self._stash = _feed(module, args, kwargs, 0)
 
 
 def _feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], version: int) -> Feed:
