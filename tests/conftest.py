@@ -1,7 +1,5 @@
 """What every test runs under: a fixed seed, one thread, poisoned uninitialised memory."""
 
-from collections.abc import Iterator
-
 import hypothesis
 import pytest
 import torch
@@ -11,7 +9,7 @@ hypothesis.settings.load_profile("anybatch")
 
 
 @pytest.fixture(autouse=True)
-def reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seed, one thread, and nan in whatever torch.empty and its kin return to Python code."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -30,4 +28,3 @@ def reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     for name in ("new_empty",):
         monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
-    yield

@@ -50,7 +50,8 @@ class Past:
         mean = self.mean + along(self.mean_by)
         if second_moment:
             nu_by = tuple(
-                v + 2 * self.mean.view(-1, *[1] * (m.dim() - 1)) * m for v, m in zip(self.var_by, self.mean_by)
+                v + 2 * self.mean.view(-1, *[1] * (m.dim() - 1)) * m
+                for v, m in zip(self.var_by, self.mean_by, strict=True)
             )
             nu = self.var + self.mean.square() + along(nu_by)
             return mean, torch.maximum(nu, mean.square()) - mean.square()

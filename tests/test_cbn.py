@@ -59,7 +59,7 @@ def gradients(out: Tensor, wanted: list[Tensor | None], cotangent: Tensor) -> li
 @pytest.mark.parametrize("gradient", ["history", "current"])
 @pytest.mark.parametrize(("pooling", "expansion"), [("samples", "deviation"), ("equal", "second_moment")])
 def test_outputs_and_every_gradient(kind: str, gradient: str, pooling: str, expansion: str) -> None:
-    """Against float64 autograd through the written-out expression, after weights moved under a window of unequal batches."""
+    """Against float64 autograd through the written-out expression, weights moving under a window of unequal batches."""
     module, shape = make(kind)
     c = channels_of(module)
     norm = CrossIterationBatchNorm(
@@ -88,7 +88,7 @@ def test_outputs_and_every_gradient(kind: str, gradient: str, pooling: str, expa
 
 @every_map
 def test_averaged_reductions_change_what_flows_on_and_nothing_else(kind: str) -> None:
-    """Own gradients stay; the input's is the map's, of a (g - R1 - y_hat R2), R the running averages."""
+    """Own gradients stay; the input's gains (1 - s) a (-R1 - y_hat R2) through the map, R the running averages."""
     module, shape = make(kind)
     c = channels_of(module)
     plain = CrossIterationBatchNorm(c, window=3, dtype=D, average_reductions=0).follows(module)
@@ -98,6 +98,7 @@ def test_averaged_reductions_change_what_flows_on_and_nothing_else(kind: str) ->
             q.copy_(p.normal_())
     norm.follows(module)
     sums: list[Tensor] = []
+    sizes: list[float] = []
     for step in range(6):
         x = (torch.randn(2 + step % 3, *shape, dtype=D) + 0.3).requires_grad_()
         y = module(x)
@@ -121,9 +122,11 @@ def test_averaged_reductions_change_what_flows_on_and_nothing_else(kind: str) ->
             n = min(len(sums), 4)
             average = new if len(sums) == 1 else average + (new - average) / n  # noqa: F821
             r1, r2 = (r.view(shape_c) for r in average)
-            onward = a * (cotangent - r1 - y_hat * r2)
-        (expected,) = torch.autograd.grad(oracle.run(module, module.weight, module.bias, x), x, onward)
-        torch.testing.assert_close(mine[0], expected, **ORACLE)
+            sizes.append(float(m))
+            share = m / sum(sizes[-3:])
+            later = (1 - share) * a * (-r1 - y_hat * r2)
+        (later,) = torch.autograd.grad(oracle.run(module, module.weight, module.bias, x), x, later)
+        torch.testing.assert_close(mine[0], own[0] + later, **ORACLE)
         move(module, 0.01)
 
 

@@ -33,10 +33,7 @@ def run(mode: str, levels: int, steps: int = 6) -> tuple[list[Tensor], nn.Module
         def forward(self, x: Tensor) -> Tensor:
             x = self.stem_bn(self.stem(x)).relu()
             for _ in range(levels):
-                if mode == "plain":
-                    x = self.inner(x)
-                else:
-                    x = checkpoint(self.inner, x, use_reentrant=mode == "reentrant")
+                x = self.inner(x) if mode == "plain" else checkpoint(self.inner, x, use_reentrant=mode == "reentrant")
             return x
 
     net = Net()

@@ -1,8 +1,8 @@
 """Every tolerance of the suite, each derived.
 
 u = unit round-off: 6e-8 for float32, 1.1e-16 for float64. A reduction over n values in pairwise or float64 accumulation
-errs by a few u; a chain of some ten such steps by some tens of u; an ill-conditioned one (a gradient whose terms cancel)
-by more, in units of the terms.
+errs by a few u; a chain of some ten such steps by some tens of u; an ill-conditioned one (a gradient whose terms
+cancel) by more, in units of the terms.
 """
 
 import torch

@@ -70,7 +70,7 @@ class LinearMap:
         )
 
     def rows(self, weight: Tensor) -> Tensor:
-        """The weight as one row a output channel, (C, K); differentiable, so a gradient comes back in its own layout."""
+        """The weight as one row an output channel, (C, K); differentiable, so a gradient keeps its own layout."""
         if not self.transposed:
             return weight.flatten(1)
         per_group = weight.view(self.groups, -1, *weight.shape[1:]).transpose(1, 2)  # (G, C/G, C_in/G, *kernel)

@@ -9,9 +9,9 @@ carried moments of past batches. With a = gamma / sqrt(var + eps), E and m over 
     dL/dmean_t = s (dL/dmean + 2 dL/dvar (mean_t - mean))      dL/dvar_t = s dL/dvar        (current batch)
     own:       dy = a g + dL/dmean_t / m + 2 dL/dvar_t (y - mean_t) / m
     history:   dL/dW += dL/dmean dmean/dW + dL/dvar dvar/dW    (and likewise b)
-    averaged:  dy = a (g - R1 - y_hat R2) flows on to earlier layers; W and b still get 'own':
-               dL/dW += (alpha - alpha') m E[p] + (slope - slope') m E[(y - mean_t) p]
-               where dy = a g + alpha + slope (y - mean_t), primes for 'averaged'.
+    later:     dy += (1 - s) a (-R1 - y_hat R2) = offset + slope (y - mean_t) for the layers before: what later batches
+               will take from this one, estimated by averages R1, R2 of E[g], E[g y_hat]. W has its part by 'history'
+               already, so this one is taken back there: dL/dW -= m (offset E[p] + slope E[(y - mean_t) p]).
 """
 
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def normalise_pooled(
         eps: inside the square root.
         batch: y's own moments and its map.
         pooled: the moments to normalise by.
-        average: called once a backward with (sum g, sum g y_hat) and m, gives R1, R2; None lets 'own' flow on.
+        average: called once a backward with (sum g, sum g y_hat) and m, gives R1, R2; None leaves out 'later'.
     """
     out: Tensor = _NormalisePooled.apply(  # type: ignore[no-untyped-call]
         y, weight, bias, batch.rows, batch.bias, eps, batch, pooled, average
@@ -120,17 +120,17 @@ class _NormalisePooled(torch.autograd.Function):
         if ctx.average is not None:
             r1, r2 = ctx.average(sums, m)
             # Without any share of its own the batch was normalised by constants, and nothing but a g flows.
-            a = a * share.sign()
-            onward_slope = -a * inverse * r2
-            onward_offset = -a * r1 + onward_slope * (now.mean - mean)
+            rest = a * (1 - share) * share.sign()
+            later_slope = -rest * inverse * r2
+            later_offset = -rest * r1 + later_slope * (now.mean - mean)
             if needs_rows:
-                own = _spread(patch, (offset - onward_offset) * m)
-                own.addcmul_(covariance, ((slope - onward_slope) * m).unsqueeze(1))
-                grad_rows = own if grad_rows is None else grad_rows.add_(own)
+                back = _spread(patch, -m * later_offset)
+                back.addcmul_(covariance, (-m * later_slope).unsqueeze(1))
+                grad_rows = back if grad_rows is None else grad_rows.add_(back)
             if needs_bias:
-                own = (offset - onward_offset) * m
-                grad_bias = own if grad_bias is None else grad_bias.add_(own)
-            offset, slope = onward_offset, onward_slope
+                back = -m * later_offset
+                grad_bias = back if grad_bias is None else grad_bias.add_(back)
+            offset, slope = offset + later_offset, slope + later_slope
         if ctx.needs_input_grad[0]:
             grad_y = add_affine(grad_y, y, slope, offset - slope * now.mean)
         grad_weight = sums.g_y_hat if ctx.needs_input_grad[1] else None

@@ -11,12 +11,13 @@ with shares s_tau by sample count ('samples': still weights make this BatchNorm 
 ('equal', the paper's). Evaluation is BatchNorm on the running statistics, so the layer folds into its map.
 
 Backward (core/pooled.py): 'current', the paper's, holds the history constant. 'history' lets the loss flow through the
-carried moments into W, which makes it blind to the scale of W again: <dL/dW, W> = 0 up to eps, as BatchNorm has it. What
-flows on to earlier layers is a (g - R1 - y_hat R2), a = gamma / sqrt(var_bar + eps), with R1, R2 the averages of E[g],
-E[g y_hat] over ``average_reductions`` backwards.
+carried moments into W, which makes it blind to the scale of W again: <dL/dW, W> = 0 up to eps, as BatchNorm has it. For
+the layers before, no history carries what later batches will take from this one, through the moments it is pooled into;
+it is estimated by gamma / sqrt(var_bar + eps) (1 - s) (-R1 - y_hat R2), with s the current batch's share and R1, R2 the
+averages of E[g], E[g y_hat] over ``average_reductions`` backwards.
 
 Deviations from the paper, each an option: the standard deviation is expanded instead of E[y^2] (``expansion``), the
-gradient flows through the history (``gradient``), the reductions for earlier layers are averaged, entries pool by count
+gradient flows through the history (``gradient``), earlier layers get the averaged reductions too, entries pool by count
 (``pooling``), and the running statistics' momentum counts examples (``momentum_batch``) and gives the total variance.
 """
 
@@ -82,8 +83,8 @@ class CrossIterationBatchNorm(FedLayer):
         compensate: carry past moments over to today's weights; False is naive CBN.
         pooling: 'samples' or 'equal'.
         expansion: 'deviation' or 'second_moment' (the paper's), what is expanded to first order.
-        average_reductions: backwards over which the two reductions for earlier layers are averaged; 0 for the current
-            batch's own share.
+        average_reductions: backwards over which the two reductions for earlier layers are averaged; 0 leaves them the
+            current batch's own share.
         momentum_batch: examples of a batch at which ``momentum`` is torch's; a smaller batch of n moves the running
             statistics by 1 - (1 - momentum)^(n / momentum_batch). None: every forward counts the same, as in torch.
         running: 'total' (running_var is the total population variance) or 'torch' (average of Bessel variances).
@@ -139,8 +140,8 @@ class CrossIterationBatchNorm(FedLayer):
         self.compensate = compensate
         self.pooling = pooling
         self.second_moment = expansion == "second_moment"
-        # A window of one batch is torch's BatchNorm: its gradient, its momentum, its running variance.
-        self.average_reductions = average_reductions if window > 1 else 0
+        self.average_reductions = average_reductions
+        # A window of one batch is torch's BatchNorm, its momentum and running variance included.
         self.momentum_batch = momentum_batch if window > 1 else None
         self.torch_running = running == "torch" or window == 1
         self.burn_in_steps = burn_in_steps

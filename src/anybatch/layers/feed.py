@@ -18,7 +18,7 @@ from .base import NormLayer
 
 __all__ = ["FedLayer", "Feed", "Link", "eager"]
 
-# Runs as it is in the middle of a compiled model: what it ties to tensors and keeps between steps is no graph's business.
+# Runs as it is inside a compiled model: no graph has a place for what is tied to tensors or kept between steps.
 eager = torch._disable_dynamo  # type: ignore[attr-defined]
 
 _TAG = "_anybatch_feed"
@@ -121,10 +121,10 @@ class FedLayer(NormLayer):
                 if feed.version != y._version:
                     break
                 return i, feed
+        followed = " or ".join(str(link.map) for link in self._links)
         raise AnybatchError(
-            f"{type(self).__name__}({self.num_features}): its input of shape {tuple(y.shape)} is not the untouched output "
-            f"of {' or '.join(str(link.map) for link in self._links)}, which it follows. Convert the model again with "
-            "example inputs that show how it runs now, or call unfollow() to pool without compensation"
+            f"{type(self).__name__}({self.num_features}): its input of shape {tuple(y.shape)} is not the untouched "
+            f"output of {followed}, which it follows. Convert the model again with example inputs that show how it runs now, or call unfollow() to pool without compensation"
         )
 
     def _stash_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The history of a model's layers, saved beside the optimizer's state: plain tensors and numbers, weights-only loadable."""
+"""The history of a model's layers, saved beside the optimizer's state: plain tensors, weights-only loadable."""
 
 from collections.abc import Mapping
 from typing import Any

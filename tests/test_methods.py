@@ -1,0 +1,111 @@
+"""The table, the configs, and what they answer to a slip of the pen."""
+
+import dataclasses
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+import anybatch as ab
+from anybatch.nn import CrossIterationBatchNorm
+
+
+def test_public_names_are_a_decision() -> None:
+    assert ab.__all__ == [
+        "BN", "CBN", "GN", "METHODS", "AnybatchError", "Report", "convert_", "fold", "history_state_dict",
+        "load_history_state_dict", "nn", "parse_method", "recalibrate_", "revert_",
+    ]  # fmt: skip
+    assert ab.nn.__all__ == ["CrossIterationBatchNorm"]
+    assert list(ab.METHODS) == ["bn", "gn", "cbn", "cbn-naive", "cbn-paper"]
+
+
+def test_config_and_layer_have_the_same_options_and_defaults() -> None:
+    layer = inspect.signature(CrossIterationBatchNorm).parameters
+    for option in dataclasses.fields(ab.CBN):
+        assert layer[option.name].default == option.default, option.name
+
+
+@pytest.mark.parametrize(
+    ("text", "config"),
+    [
+        ("bn", ab.BN()),
+        ("gn(groups=4)", ab.GN(groups=4)),
+        (" cbn ", ab.CBN()),
+        ("cbn(window=16, pooling='equal')", ab.CBN(window=16, pooling="equal")),
+        ("cbn-naive(window=2)", ab.CBN(window=2, compensate=False)),
+        ("cbn-paper(burn_in_steps=9)", ab.CBN.paper(burn_in_steps=9)),
+    ],
+)
+def test_methods_as_typed(text: str, config: object) -> None:
+    assert ab.parse_method(text) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("cnb", "unknown method 'cnb'; did you mean cbn"),
+        ("cbn-papr", "cbn-paper"),
+        ("zzz", "bn or gn or cbn or cbn-naive or cbn-paper"),
+        ("cbn(window=0)", "window=0; give a whole number of at least 1"),
+        ("cbn(window=2.5)", "window=2.5"),
+        ("cbn(window=True)", "window=True"),
+        ("cbn(gradient='past')", "'history', 'current'"),
+        ("cbn(widow=3)", "widow"),
+        ("cbn(16)", "by name"),
+        ("cbn(window=", "cbn\\(window=16\\)"),
+        ("gn(groups=0)", "groups=0"),
+    ],
+)
+def test_slips_are_answered_with_the_mend(text: str, said: str) -> None:
+    with pytest.raises(ab.AnybatchError, match=said):
+        ab.parse_method(text)
+
+
+def test_layer_checks_its_options_as_the_config_does() -> None:
+    with pytest.raises(ab.AnybatchError, match="window=0"):
+        CrossIterationBatchNorm(3, window=0)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(12, 4), (48, 16), (64, 32), (7, 1)])
+def test_groupnorm_groups_divide_the_channels(channels: int, groups: int) -> None:
+    bn = nn.BatchNorm2d(channels)
+    layer = ab.GN().build(bn)
+    assert layer.num_groups == groups
+    assert layer.weight is bn.weight
+    assert layer.bias is bn.bias
+
+
+def test_following_what_does_not_fit_is_refused() -> None:
+    norm = CrossIterationBatchNorm(3)
+    with pytest.raises(ab.AnybatchError, match=r"ReLU.*Conv2d"):
+        norm.follows(nn.ReLU())
+    with pytest.raises(ab.AnybatchError, match=r"4 channels.*num_features=3"):
+        norm.follows(nn.Conv2d(2, 4, 3))
+
+
+def test_an_input_that_is_not_the_maps_output_is_refused() -> None:
+    conv = nn.Conv2d(2, 3, 3)
+    norm = CrossIterationBatchNorm(3).follows(conv)
+    x = torch.randn(2, 2, 5, 5)
+    with pytest.raises(ab.AnybatchError, match="untouched output of Conv2d"):
+        norm(conv(x).relu())
+    with pytest.raises(ab.AnybatchError, match="untouched output of Conv2d"):
+        norm(conv(x).add_(1))
+    norm.unfollow()
+    assert norm(conv(x).relu()).shape == (2, 3, 3, 3)
+
+
+def test_a_norm_outside_evaluation_knows_its_dimensions() -> None:
+    norm = ab.CBN().build(nn.BatchNorm2d(3))
+    with pytest.raises(ab.AnybatchError, match=r"\(2, 3\).*\(N, C, H, W\)"):
+        norm(torch.randn(2, 3))
+
+
+def test_frozen_statistics_stay_while_the_batch_is_used() -> None:
+    """track_running_stats switched off on a layer, as fine-tuning helpers do, keeps the buffers."""
+    norm = CrossIterationBatchNorm(3, compensate=False)
+    norm.track_running_stats = False
+    norm(torch.randn(4, 3) + 5)
+    assert (norm.running_mean == 0).all()
+    assert norm.num_batches_tracked == 0
