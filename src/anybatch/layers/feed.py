@@ -124,7 +124,8 @@ class FedLayer(NormLayer):
         followed = " or ".join(str(link.map) for link in self._links)
         raise AnybatchError(
             f"{type(self).__name__}({self.num_features}): its input of shape {tuple(y.shape)} is not the untouched "
-            f"output of {followed}, which it follows. Convert the model again with example inputs that show how it runs now, or call unfollow() to pool without compensation"
+            f"output of {followed}, which it follows. Convert the model again with "
+            "example inputs that show how it runs now, or call unfollow() to pool without compensation"
         )
 
     def _stash_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
