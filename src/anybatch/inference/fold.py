@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from ..convert.eligible import batch_norms, obstacle, refuse_wrapped
 from ..convert.pairing import Feed, Pairing, pair
 from ..convert.walker import share_hooks, swap
+from ..core.affine import scale_and_shift
 from ..core.linear_map import LinearMap
 from ..errors import AnybatchError
 from ..layers.base import NormLayer
@@ -157,12 +158,9 @@ def _fold_into(module: nn.Module, norm: _BatchNorm) -> None:
     assert bias is None or isinstance(bias, Tensor)
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    scale = (norm.running_var.cpu().double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.cpu().double()
-    shift = -scale * norm.running_mean.cpu().double()
-    if norm.bias is not None:
-        shift = shift + norm.bias.cpu().double()
+    mean, var = norm.running_mean.cpu().double(), norm.running_var.cpu().double()
+    gamma, beta = (None if p is None else p.cpu().double() for p in (norm.weight, norm.bias))
+    scale, shift = scale_and_shift(mean, var, gamma, beta, norm.eps)
     new_weight, new_bias = fold_weights(weight, bias, scale, shift, geometry.transposed, geometry.groups)
     # New parameters: the old ones may be another module's too.
     module.weight = nn.Parameter(new_weight, requires_grad=weight.requires_grad)

@@ -29,8 +29,8 @@ class Preset:
     train_images: int | None
 
 
-FULL = Preset(("bn", "gn", "cbn-naive", "cbn-paper(burn_in_steps='1/3')", "cbn"), (1, 2, 4), 3, 3, None)
-QUICK = Preset(("bn", "gn", "cbn"), (1, 4), 1, 4, 2000)
+FULL = Preset(("bn", "gn(groups=4)", "cbn-naive", "cbn-paper(burn_in_steps='1/3')", "cbn"), (1, 2, 4), 3, 3, None)
+QUICK = Preset(("bn", "gn(groups=4)", "cbn"), (1, 4), 1, 4, 2000)
 
 
 @dataclass
