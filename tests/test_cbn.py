@@ -392,3 +392,43 @@ def test_parametrized_weight_gets_its_gradient(kind: str) -> None:
     parameters = list(module.parameters())
     for a, b in zip(gradients(out, parameters, cotangent), gradients(expected, parameters, cotangent), strict=True):
         torch.testing.assert_close(a, b, **ORACLE)
+
+
+def test_statistics_stay_in_float32_under_autocast() -> None:
+    """The map runs in bfloat16; what is pooled, carried and kept differs from float32 by the map's rounding alone."""
+    pooled = []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        module = nn.Conv2d(3, 4, 3)
+        norm = CrossIterationBatchNorm(4, window=3).follows(module)
+        for step in range(4):
+            x = torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(step)) + 1
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                out = norm(module(x))
+            out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(step)).to(out.dtype))
+            with torch.no_grad():
+                module.weight.add_(
+                    0.01 * torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(step))
+                )
+        assert out.dtype == (torch.bfloat16 if enabled else torch.float32)
+        history = norm.histories[0]
+        assert history.covariance.dtype == history.scalars.dtype == torch.float32
+        pooled.append((*LAST[norm], history.covariance, norm.running_var, module.weight.grad))
+    for a, b in zip(*pooled, strict=True):
+        torch.testing.assert_close(b, a, rtol=3e-2, atol=3e-2 * float(a.abs().max()))
+    # Were the carried moments computed in bfloat16 too, they would be off by its 4e-3 and not by an average of it.
+    torch.testing.assert_close(pooled[1][1], pooled[0][1], rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_moved_to_another_dtype_in_mid_window(dtype: torch.dtype) -> None:
+    """The history follows; it stays in float32 for a model in half precision."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))
+    ab.convert_(model, ab.CBN(window=3), example_inputs=torch.randn(2, 2, 5, 5))
+    model(torch.randn(2, 2, 5, 5))
+    model.to(dtype)
+    out = model(torch.randn(2, 2, 5, 5, dtype=dtype))
+    out.backward(torch.randn_like(out))
+    assert out.dtype == model[0].weight.grad.dtype == dtype
+    assert model[1].histories[0].covariance.dtype == torch.promote_types(dtype, torch.float32)
+    assert model[1].histories[0].forwards == 2

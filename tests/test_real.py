@@ -18,7 +18,7 @@ pytestmark = pytest.mark.real
 
 @pytest.fixture(scope="module")
 def images() -> data.Dataset:
-    return data.load("embedded", train_images=3000, test_images=1000)
+    return data.load("embedded", train_images=2000, test_images=1000)
 
 
 def stock_resnet() -> nn.Module:
@@ -54,7 +54,7 @@ def test_a_stock_resnet_trains_from_scratch(images: data.Dataset) -> None:
     assert len(report.converted) == 20
     train(model, images, batch=2, lr=0.01, seed=0)
     reached = accuracy(model, images)
-    assert reached > 70, reached
+    assert reached > 60, reached  # the form of the released code stands at 50 here
 
 
 def test_a_checkpoint_converted_in_mid_training_keeps_its_accuracy(images: data.Dataset) -> None:

@@ -39,6 +39,7 @@ def scale_and_shift(
 
 def normalise(y: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Out = weight * (y - mean) / sqrt(var + eps) + bias, per channel, with given moments."""
+    weight, bias = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
     return F.batch_norm(y, mean, var, weight, bias, False, 0.0, eps)
 
 
@@ -51,8 +52,7 @@ def normalise_backward(
         a * g with a = weight / sqrt(var + eps), and (sum g, sum g * y_hat), which are also the gradients of bias and
         weight.
     """
-    if weight is None:
-        weight = torch.ones_like(mean)
+    weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
     grad_y, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
         g, y, weight, mean, var, None, None, False, eps, [True, True, True]
     )

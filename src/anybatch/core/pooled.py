@@ -105,7 +105,7 @@ class _NormalisePooled(torch.autograd.Function):
         grad_y, sums = normalise_backward(g, y, mean, var, weight, ctx.eps)
 
         inverse = torch.rsqrt(var + ctx.eps)
-        a = inverse if weight is None else inverse * weight
+        a = inverse if weight is None else inverse * weight.to(inverse.dtype)
         by_mean = -a * sums.g
         by_var = -0.5 * a * inverse * sums.g_y_hat
         offset = share * (by_mean + 2 * by_var * (now.mean - mean)) / m

@@ -184,8 +184,9 @@ class CrossIterationBatchNorm(FedLayer):
     @eager
     def _normalise(self, y: Tensor) -> Tensor:
         index, feed = self.take_feed(y)
-        batch = self._measure(y.detach(), feed)
-        with torch.no_grad():
+        with torch.autocast(y.device.type, enabled=False):  # statistics are float32 or better
+            batch = self._measure(y.detach(), feed)
+        with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
             history = self._history_of(index, batch)
             if self._replay.is_second_run():
                 pooled = self._replay.recall(batch.now.mean)
@@ -218,7 +219,7 @@ class CrossIterationBatchNorm(FedLayer):
         history = self.histories.get(index)
         if history is None:
             history = self.histories[index] = History(self.window, batch.covariance, batch.patch)
-        return history.to(batch.now.mean.device)
+        return history.like(batch.now.mean)
 
     def _pool(self, history: History, batch: Batch) -> Pooled:
         now, samples = batch.now, self.pooling == "samples"

@@ -69,12 +69,12 @@ class History:
         self.reductions.add_(step)
         return Reductions(*self.reductions.clone().unbind(0))
 
-    def to(self, device: torch.device) -> "History":
-        """Move to where the input is."""
-        if self.count.device == device:
-            return self
-        for field in _FIELDS:
-            setattr(self, field, getattr(self, field).to(device))
+    def like(self, tensor: Tensor) -> "History":
+        """Move to the device and dtype that a batch's statistics have, if they are others."""
+        if self.count.device != tensor.device or self.count.dtype != tensor.dtype:
+            for field in _FIELDS:
+                old = getattr(self, field)
+                setattr(self, field, old.to(tensor.device, tensor.dtype if old.is_floating_point() else None))
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
