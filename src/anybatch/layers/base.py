@@ -4,7 +4,8 @@ Names, shapes and order of the state_dict are torch's; isinstance checks against
 torch's BatchNorm on the running statistics.
 """
 
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..core.affine import per_channel
 from ..errors import AnybatchError
 
-__all__ = ["TORCH_BATCH_NORMS", "NormLayer"]
+__all__ = ["TORCH_BATCH_NORMS", "NormLayer", "Remembers"]
 
 TORCH_BATCH_NORMS: dict[int, type[_BatchNorm]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _RANKS = {0: range(2, 99), 1: (2, 3), 2: (4,), 3: (5,)}
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A layer with training state outside of its state_dict, saved by :func:`anybatch.history_state_dict`."""
+
+    histories: dict[int, Any]
+
+    def history_state(self) -> dict[str, Any]:
+        """Copies of the state, as plain tensors by name."""
+
+    def read_history_state(self, state: Mapping[str, Any], where: str) -> dict[int, Any]:
+        """The histories in such a state, checked against the layer ``where``; assigned to ``histories`` they go on."""
 
 
 class NormLayer(_BatchNorm):

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import AnybatchError
-from ..layers.cbn import CrossIterationBatchNorm
+from ..layers.base import Remembers
 
 __all__ = ["history_state_dict", "load_history_state_dict"]
 
@@ -18,11 +18,7 @@ def history_state_dict(model: nn.Module) -> dict[str, Any]:
 
     Tensors are copies. With the model's and the optimizer's state, resuming is bit-identical to not having stopped.
     """
-    layers = {
-        name: module.history_state()
-        for name, module in model.named_modules()
-        if isinstance(module, CrossIterationBatchNorm)
-    }
+    layers = {name: module.history_state() for name, module in model.named_modules() if isinstance(module, Remembers)}
     return {"version": _VERSION, "layers": layers}
 
 
@@ -40,7 +36,7 @@ def load_history_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         raise AnybatchError(
             f"load_history_state_dict: not a history of version {_VERSION}; save it with history_state_dict"
         )
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, CrossIterationBatchNorm)}
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, Remembers)}
     saved = state["layers"]
     if set(saved) != set(modules):
         only_saved, only_model = sorted(set(saved) - set(modules)), sorted(set(modules) - set(saved))
