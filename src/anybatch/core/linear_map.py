@@ -8,6 +8,7 @@ The same for convolutions in 1, 2 and 3 dimensions, transposed or not, grouped, 
 padding mode, and for Linear. Letters: N examples, C output channels, G groups, K values of a patch.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -93,12 +94,11 @@ class LinearMap:
         x = x.to(compute_dtype(x.dtype))
         if not self.kernel:
             return x.reshape(-1, x.shape[-1]).mean(0, keepdim=True)
-        positions = x.shape[0]
         total = x.sum(0)
-        for d, size in enumerate(output_size):
-            total = torch.tensordot(total, self._taps(d, x.shape[2 + d], size, total), ([1], [1]))
-            positions *= size
-        return total.reshape(self.groups, -1) / positions
+        for d in reversed(range(len(output_size))):  # the last axis each time, which then moves to the front
+            taps = self._taps(d, x.shape[2 + d], output_size[d], total)
+            total = torch.matmul(total, taps.t()).movedim(-1, 1)
+        return total.reshape(self.groups, -1) / (x.shape[0] * math.prod(output_size))
 
     def covariance(self, x: Tensor, y_centred: Tensor, weight: Tensor) -> Tensor:
         """E[(y - mean) p], (C, K): the weight-gradient of the map under the cotangent (y - mean) / m.
