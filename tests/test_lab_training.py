@@ -177,3 +177,11 @@ def test_run_that_does_not_fit_the_data_or_machine() -> None:
         train_run(CONFIG, lab_fakes.dataset(20))
     with pytest.raises(AnybatchError, match="device 'nonsense' cannot be used"):
         train_run(replace(CONFIG, device="nonsense"), DATA)
+
+
+def test_a_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
+    train_run(replace(CONFIG, epochs=1), DATA, checkpoint=tmp_path)
+    kept = (tmp_path / "training.pt").read_bytes()
+    with pytest.raises(AnybatchError, match=r"holds a checkpoint.*--resume"):
+        train_run(replace(CONFIG, epochs=1), DATA, checkpoint=tmp_path)
+    assert (tmp_path / "training.pt").read_bytes() == kept

@@ -143,7 +143,9 @@ def compare(
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Checkpoint folder: model.safetensors, training.pt, config.json.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint folder: model.safetensors, training.pt, config.json.")] = Path(
+        "results/train"
+    ),
     method: MethodName = "cbn",
     batch: Annotated[int, typer.Option(help="Images a layer sees at once; divides 32.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the initial weights and of the order of the images.")] = 0,

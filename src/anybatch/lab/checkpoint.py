@@ -17,7 +17,7 @@ from anybatch.lab.data import Dataset
 from anybatch.lab.files import write_atomically
 from anybatch.training import history_state_dict, load_history_state_dict
 
-__all__ = ["CONFIG", "MODEL", "TRAINING", "Counters", "load", "save"]
+__all__ = ["CONFIG", "MODEL", "TRAINING", "Counters", "load", "refuse_to_overwrite", "save"]
 
 MODEL, TRAINING, CONFIG = "model.safetensors", "training.pt", "config.json"
 
@@ -77,6 +77,16 @@ def save(
         ) from error
 
 
+def refuse_to_overwrite(folder: Path) -> None:
+    """Raise if ``folder`` holds a checkpoint already.
+
+    Raises:
+        AnybatchError: it does.
+    """
+    if (folder / TRAINING).exists():
+        raise AnybatchError(f"{folder} holds a checkpoint: go on from it with --resume, or name another --out")
+
+
 def load(
     folder: Path,
     config: RunConfig,
@@ -96,12 +106,12 @@ def load(
     except FileNotFoundError as error:
         raise AnybatchError(f"{folder} has no checkpoint to resume ({error.filename}): leave out --resume") from error
     except Exception as error:  # torch.load raises whatever unpickling meets
-        raise AnybatchError(f"the checkpoint in {folder} is damaged ({error}): start anew without --resume") from error
+        raise AnybatchError(f"the checkpoint in {folder} is damaged ({error}): start anew in another --out") from error
     for name, value in asdict(config).items():
         if facts["config"].get(name) != value:
             raise AnybatchError(
                 f"the checkpoint in {folder} was trained with {name}={facts['config'].get(name)!r}, not {value!r}: "
-                f"resume with the same options, or start anew without --resume"
+                f"resume with the same options, or start anew in another --out"
             )
     if facts["fingerprint"] != dataset.fingerprint:
         raise AnybatchError(f"the images of '{config.data}' have changed since {folder} was saved: start anew")

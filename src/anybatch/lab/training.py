@@ -126,6 +126,8 @@ def train_run(
     )
     order = torch.Generator().manual_seed(config.seed)
     done = checkpoints.Counters()
+    if checkpoint is not None and not resume:
+        checkpoints.refuse_to_overwrite(checkpoint)
     if checkpoint is not None and resume:
         done = checkpoints.load(checkpoint, config, dataset, model, optimizer, order)
     started = time.perf_counter() - done.seconds
