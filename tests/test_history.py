@@ -99,8 +99,17 @@ def test_saved_history_is_a_copy() -> None:
         (lambda s: s["layers"].pop("bn1"), "bn1"),
         (lambda s: s["layers"].update(nowhere={}), "nowhere"),
         (lambda s: s["layers"]["bn2"]["0"].pop("count"), "bn2.*count"),
+        (lambda s: s["layers"]["bn2"]["0"].update(patch=torch.zeros(6, 5, 3)), "bn2.*patch.*(6, 5, 3)"),
+        (lambda s: s["layers"]["bn2"]["0"]["slot"].fill_(99), "slot 99 of 5"),
+        (lambda s: s["layers"]["bn2"]["0"].update(forwards=torch.zeros(3)), "forwards"),
+        (lambda s: s["layers"]["bn2"].update({"7": s["layers"]["bn2"].pop("0")}), "'7'"),
+        (lambda s: s["layers"]["bn2"].update(x=3), "'x'"),
+        (lambda s: s["layers"]["bn2"].update({"0": None}), "NoneType"),
     ],
-    ids=["version", "missing layer", "unknown layer", "missing tensor"],
+    ids=[
+        *("version", "missing layer", "unknown layer", "missing tensor", "another patch", "slot", "kind"),
+        *("unknown map", "unknown key", "no history"),
+    ],
 )
 def test_unfit_history_is_refused_and_nothing_changes(spoil, said: str) -> None:
     net, optimizer = started()
@@ -118,7 +127,7 @@ def test_history_of_another_window_is_refused() -> None:
     net, optimizer = started(ab.CBN(window=3))
     steps(net, optimizer, 0, 2)
     other, _ = started(ab.CBN(window=4))
-    with pytest.raises(ab.AnybatchError, match=r"\(6, 3\).*\(6, 4\)"):
+    with pytest.raises(ab.AnybatchError, match=r"bn1.*shape \(3,\).*shape \(4,\)"):
         ab.load_history_state_dict(other, ab.history_state_dict(net))
 
 

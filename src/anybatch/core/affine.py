@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Reductions", "add_affine", "normalise", "normalise_backward", "per_channel", "scale_and_shift"]
+__all__ = ["Reductions", "normalise", "normalise_backward", "per_channel", "scale_and_shift", "through_moments"]
 
 
 class Reductions(NamedTuple):
@@ -22,8 +22,8 @@ class Reductions(NamedTuple):
 
 
 def per_channel(v: Tensor, y: Tensor) -> Tensor:
-    """View a (C,) tensor so that it broadcasts over the channels of ``y``, in the dtype of ``y``."""
-    return v.to(y.dtype).view(1, -1, *[1] * (y.dim() - 2))
+    """View a (C,) tensor so that it broadcasts over the channels of ``y``."""
+    return v.view(1, -1, *[1] * (y.dim() - 2))
 
 
 def scale_and_shift(
@@ -59,6 +59,11 @@ def normalise_backward(
     return grad_y, Reductions(grad_bias, grad_weight)
 
 
-def add_affine(grad: Tensor, y: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
-    """Grad + slope * y + offset, slope and offset per channel: how the moments' gradient reaches y."""
-    return torch.addcmul(grad.add_(per_channel(offset, grad)), y, per_channel(slope, y))
+def through_moments(grad: Tensor, y: Tensor, mean: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """Grad + slope * (y - mean) + offset, all but y and grad per channel: how the moments' gradient reaches y.
+
+    In float32 or better, rounded once to the dtype of ``grad``: the sums of what comes out are to vanish.
+    """
+    mean, slope, offset = (per_channel(v, y) for v in (mean, slope, offset))
+    change = (y.to(mean.dtype) - mean).mul_(slope).add_(offset)
+    return change.add_(grad).to(grad.dtype)

@@ -37,7 +37,6 @@ class LinearMap:
         pads: (before, after) of each dimension.
         padding_mode: 'zeros', 'circular', 'reflect' or 'replicate'.
         transposed: whether the weight is (C_in, C / G, *kernel) and the map a transposed convolution.
-        output_padding: of each dimension, of a transposed convolution.
     """
 
     groups: int = 1
@@ -47,7 +46,6 @@ class LinearMap:
     pads: tuple[tuple[int, int], ...] = ()
     padding_mode: str = "zeros"
     transposed: bool = False
-    output_padding: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, module: nn.Module) -> "LinearMap | None":
@@ -67,7 +65,6 @@ class LinearMap:
             pads,
             module.padding_mode,
             isinstance(module, TRANSPOSED),
-            tuple(module.output_padding),
         )
 
     def rows(self, weight: Tensor) -> Tensor:
@@ -101,11 +98,11 @@ class LinearMap:
         return total.reshape(self.groups, -1) / (x.shape[0] * math.prod(output_size))
 
     def covariance(self, x: Tensor, y_centred: Tensor, weight: Tensor) -> Tensor:
-        """E[(y - mean) p], (C, K): the weight-gradient of the map under the cotangent (y - mean) / m.
+        """E[z p], (C, K): the weight-gradient of the map under the cotangent z / m.
 
         Args:
             x: the map's input.
-            y_centred: its output less the channel means, (N, C, *).
+            y_centred: z = y - mean, its output less the channel means, (N, C, *).
             weight: of the map; only its shape is read.
         """
         dtype = compute_dtype(x.dtype)
@@ -126,11 +123,23 @@ class LinearMap:
             padding,
             self.dilation,
             self.transposed,
-            self.output_padding,
+            self._output_padding(x, y_centred),
             self.groups,
             [False, True, False],
         )
         return self.rows(grad) / m
+
+    def _output_padding(self, x: Tensor, y: Tensor) -> list[int]:
+        # From the sizes, since a call may give another output_size than the module's.
+        if not self.transposed:
+            return [0] * len(self.kernel)
+        least = [
+            (size - 1) * stride - 2 * before + dilation * (kernel - 1) + 1
+            for size, stride, (before, _), dilation, kernel in zip(
+                x.shape[2:], self.stride, self.pads, self.dilation, self.kernel, strict=True
+            )
+        ]
+        return [have - want for have, want in zip(y.shape[2:], least, strict=True)]
 
     def _pad(self, x: Tensor) -> Tensor:
         flat = [p for pair in reversed(self.pads) for p in pair]
@@ -142,6 +151,7 @@ class LinearMap:
 
 
 @lru_cache(maxsize=1024)
+@torch.inference_mode(False)  # what is cached must serve training too
 def _tap_counts(
     kernel: int,
     stride: int,
@@ -164,5 +174,6 @@ def _tap_counts(
         source = torch.arange(input_size, dtype=torch.float64)[None, None] + 1  # 0 is left for zero padding
         source = F.pad(source, pads, mode="constant" if padding_mode == "zeros" else padding_mode)[0, 0].long()
         read = source[torch.arange(output_size) * stride + tap]  # (kernel, output_size)
-        counts = F.one_hot(read, input_size + 1).sum(1)[:, 1:].to(dtype)
+        counts = torch.zeros(kernel, input_size + 1, dtype=dtype)
+        counts = counts.scatter_add_(1, read, torch.ones((), dtype=dtype).expand_as(read))[:, 1:]
     return counts.to(device)

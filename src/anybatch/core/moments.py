@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "bessel", "compute_dtype", "moments", "pool", "update_running_"]
+__all__ = ["Moments", "bessel", "channel_mean", "compute_dtype", "moments", "pool", "update_running_"]
 
 
 class Moments(NamedTuple):
@@ -39,6 +39,11 @@ def moments(x: Tensor) -> Moments:
     dims = [d for d in range(x.dim()) if d != 1]
     var, mean = torch.var_mean(x.to(compute_dtype(x.dtype)), dims, correction=0)
     return Moments(mean, var, size)
+
+
+def channel_mean(x: Tensor) -> Tensor:
+    """Mean of each channel of ``x`` (N, C, *), over N and *."""
+    return x.mean([d for d in range(x.dim()) if d != 1])
 
 
 def pool(means: Tensor, variances: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .affine import Reductions, add_affine, normalise, normalise_backward
+from .affine import Reductions, normalise, normalise_backward, through_moments
 from .moments import Moments
 
-__all__ = ["Batch", "Pooled", "normalise_pooled"]
+__all__ = ["Average", "Batch", "Pooled", "normalise_pooled", "spread"]
 
 
 class Batch(NamedTuple):
@@ -47,7 +47,8 @@ class Pooled(NamedTuple):
     by_bias: tuple[Tensor, Tensor] | None  # d mean / db (), d var / db (C,)
 
 
-Average = Callable[[Reductions, int], Reductions]
+# Called once a backward with (sum g, sum g y_hat) and m; gives the averages R1, R2 of E[g], E[g y_hat], or None.
+Average = Callable[[Reductions, int], tuple[Tensor, Tensor] | None]
 
 
 def normalise_pooled(
@@ -57,7 +58,7 @@ def normalise_pooled(
     eps: float,
     batch: Batch,
     pooled: Pooled,
-    average: Average | None = None,
+    average: Average,
 ) -> Tensor:
     """Normalise y (N, C, *) by ``pooled`` moments; the equations above.
 
@@ -68,7 +69,7 @@ def normalise_pooled(
         eps: inside the square root.
         batch: y's own moments and its map.
         pooled: the moments to normalise by.
-        average: called once a backward with (sum g, sum g y_hat) and m, gives R1, R2; None leaves out 'later'.
+        average: gives R1, R2, or None to leave out 'later'; called once a backward.
     """
     out: Tensor = _NormalisePooled.apply(  # type: ignore[no-untyped-call]
         y, weight, bias, batch.rows, batch.bias, eps, batch, pooled, average
@@ -88,43 +89,48 @@ class _NormalisePooled(torch.autograd.Function):
         eps: float,
         batch: Batch,
         pooled: Pooled,
-        average: Average | None,
+        average: Average,
     ) -> Tensor:
-        ctx.save_for_backward(y, weight)
-        ctx.now, ctx.patch, ctx.covariance = batch.now, batch.patch, batch.covariance
-        ctx.pooled, ctx.average, ctx.eps = pooled, average, eps
+        # Saved, and not kept as attributes: a loss that someone keeps after its backward then holds none of them.
+        mean_by_weight, var_by_weight = pooled.by_weight or (None, None)
+        mean_by_bias, var_by_bias = pooled.by_bias or (None, None)
+        ctx.save_for_backward(
+            *(y, weight, batch.now.mean, batch.patch, batch.covariance, pooled.mean, pooled.var, pooled.share),
+            *(mean_by_weight, var_by_weight, mean_by_bias, var_by_bias),
+        )
+        ctx.m, ctx.average, ctx.eps = batch.now.size, average, eps
         return normalise(y, pooled.mean, pooled.var, weight, bias, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight = ctx.saved_tensors
-        now, patch, covariance = ctx.now, ctx.patch, ctx.covariance
-        mean, var, share, by_weight, by_bias = ctx.pooled
-        m = now.size
+        y, weight, now_mean, patch, covariance, mean, var, share, *by_map = ctx.saved_tensors
+        mean_by_weight, var_by_weight, mean_by_bias, var_by_bias = by_map
+        m = ctx.m
         grad_y, sums = normalise_backward(g, y, mean, var, weight, ctx.eps)
 
         inverse = torch.rsqrt(var + ctx.eps)
         a = inverse if weight is None else inverse * weight.to(inverse.dtype)
         by_mean = -a * sums.g
         by_var = -0.5 * a * inverse * sums.g_y_hat
-        offset = share * (by_mean + 2 * by_var * (now.mean - mean)) / m
+        offset = share * (by_mean + 2 * by_var * (now_mean - mean)) / m
         slope = share * by_var * (2 / m)
 
         needs_rows, needs_bias = ctx.needs_input_grad[3] and patch.numel() > 0, ctx.needs_input_grad[4]
         grad_rows = grad_bias = None
-        if needs_rows and by_weight is not None:
-            grad_rows = torch.addcmul(_spread(by_weight[0], by_mean), by_weight[1], by_var.unsqueeze(1))
-        if needs_bias and by_bias is not None:
-            grad_bias = by_mean * by_bias[0] + by_var * by_bias[1]
-        if ctx.average is not None:
-            r1, r2 = ctx.average(sums, m)
+        if needs_rows and mean_by_weight is not None:
+            grad_rows = torch.addcmul(spread(mean_by_weight, by_mean), var_by_weight, by_var.unsqueeze(1))
+        if needs_bias and mean_by_bias is not None:
+            grad_bias = by_mean * mean_by_bias + by_var * var_by_bias
+        averages = ctx.average(sums, m)
+        if averages is not None:
+            r1, r2 = averages
             # Without any share of its own the batch was normalised by constants, and nothing but a g flows.
             rest = a * (1 - share) * share.sign()
             later_slope = -rest * inverse * r2
-            later_offset = -rest * r1 + later_slope * (now.mean - mean)
+            later_offset = -rest * r1 + later_slope * (now_mean - mean)
             if needs_rows:
-                back = _spread(patch, -m * later_offset)
+                back = spread(patch, -m * later_offset)
                 back.addcmul_(covariance, (-m * later_slope).unsqueeze(1))
                 grad_rows = back if grad_rows is None else grad_rows.add_(back)
             if needs_bias:
@@ -132,13 +138,13 @@ class _NormalisePooled(torch.autograd.Function):
                 grad_bias = back if grad_bias is None else grad_bias.add_(back)
             offset, slope = offset + later_offset, slope + later_slope
         if ctx.needs_input_grad[0]:
-            grad_y = add_affine(grad_y, y, slope, offset - slope * now.mean)
+            grad_y = through_moments(grad_y, y, now_mean, slope, offset)
         grad_weight = sums.g_y_hat if ctx.needs_input_grad[1] else None
         grad_beta = sums.g if ctx.needs_input_grad[2] else None
         return grad_y, grad_weight, grad_beta, grad_rows, grad_bias, None, None, None, None
 
 
-def _spread(patch: Tensor, by_channel: Tensor) -> Tensor:
-    """(G, K) times (C,): (C, K), each channel taking its group's patch."""
+def spread(patch: Tensor, by_channel: Tensor) -> Tensor:
+    """A patch (G, K) times (C,): (C, K), each channel taking its group's."""
     groups = patch.shape[0]
     return (by_channel.view(groups, -1, 1) * patch.unsqueeze(1)).flatten(0, 1)

@@ -68,7 +68,9 @@ def carry(past: Entries, rows: Tensor, bias: Tensor | None, second_moment: bool)
         var = past.var + 2 * (response - past.var_at) - delta.square()
         live = (var > 0).to(var.dtype)
         return Carried(mean, var.clamp_min(0), -2 * live * delta, 2 * live)
-    alive = past.var_at > 0  # a constant channel has c = 0 and stays constant
+    # In exact arithmetic var_at is var. A constant channel has both zero, and where rounding has eaten one up there is
+    # nothing to go by: such an entry stays as it is.
+    alive = (past.var_at - past.var).abs() < past.var / 4
     ratio = torch.where(alive, response / past.var_at, 1.0)
     slope = past.var * ratio
     return Carried(mean, slope * ratio, torch.zeros_like(mean), torch.where(alive, 2 * slope / past.var_at, 0.0))

@@ -18,7 +18,7 @@ from ..errors import AnybatchError
 __all__ = ["TORCH_BATCH_NORMS", "NormLayer", "Remembers"]
 
 TORCH_BATCH_NORMS: dict[int, type[_BatchNorm]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-_RANKS = {0: range(2, 99), 1: (2, 3), 2: (4,), 3: (5,)}
+_RANKS = {0: (2, 3, 4, 5), 1: (2, 3), 2: (4,), 3: (5,)}
 
 
 @runtime_checkable
@@ -50,7 +50,7 @@ class NormLayer(_BatchNorm):
     """
 
     foldable: ClassVar[bool] = True
-    dims: int = 0  # spatial dimensions an input must have; 0 for any
+    dims: int = 0  # spatial dimensions an input must have; 0: the first one settles it
     options: dict[str, Any]
 
     def __init__(
@@ -66,6 +66,11 @@ class NormLayer(_BatchNorm):
         bias: bool = True,
         **options: Any,
     ) -> None:
+        name = type(self).__name__
+        if not isinstance(num_features, int) or num_features < 1:
+            raise AnybatchError(f"{name}: num_features={num_features!r}; give a whole number of at least 1")
+        if momentum is not None and not (isinstance(momentum, (int, float)) and 0 <= momentum <= 1):
+            raise AnybatchError(f"{name}: momentum={momentum!r}; give a number from 0 to 1, or None")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.options = options
 
@@ -102,6 +107,7 @@ class NormLayer(_BatchNorm):
             )
         if not y.is_floating_point():
             raise AnybatchError(f"{name}: the input is {y.dtype}; convert it to a floating dtype, e.g. x.float()")
+        self.dims = self.dims or max(1, y.dim() - 2)
         own = self.weight if self.weight is not None else self.running_mean
         if own is None:
             return

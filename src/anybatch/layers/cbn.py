@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from ..core.affine import Reductions, per_channel
-from ..core.moments import Moments, bessel, moments, pool, update_running_
-from ..core.pooled import Batch, Pooled, normalise_pooled
+from ..core.moments import Moments, bessel, channel_mean, compute_dtype, moments, pool, update_running_
+from ..core.pooled import Batch, Pooled, normalise_pooled, spread
 from ..core.taylor import carry, history_gradient, mean_response, variance_response
 from ..errors import AnybatchError
 from .feed import FedLayer, Feed, eager
@@ -56,6 +56,8 @@ def check_options(**options: Any) -> None:
     for name, choices in _CHOICES.items():
         if options[name] not in choices:
             raise AnybatchError(f"CBN: {name}={options[name]!r}; choose one of {', '.join(map(repr, choices))}")
+    if not isinstance(options["compensate"], bool):
+        raise AnybatchError(f"CBN: compensate={options['compensate']!r}; give True or False")
     for name, least in _LEAST.items():
         value = options[name]
         if name == "momentum_batch" and value is None:
@@ -149,6 +151,10 @@ class CrossIterationBatchNorm(FedLayer):
         self.histories: dict[int, History] = {}
         self._replay = Replay()
 
+    @property
+    def _compensates(self) -> bool:
+        return self.compensate and self.window > 1
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without history: it is training state, see :func:`anybatch.history_state_dict`."""
         return {**self.__dict__, "histories": {}, "_replay": Replay(), "_stash": None}
@@ -161,18 +167,30 @@ class CrossIterationBatchNorm(FedLayer):
         """The histories in what :meth:`history_state` gave, checked against this layer; assign them to ``histories``.
 
         Raises:
-            AnybatchError: tensors are missing, or of another window or number of channels.
+            AnybatchError: tensors are missing or of another shape, or it is the history of a map the layer has not.
         """
-        device = next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
-        histories = {int(i): History.from_state_dict(s, device, where) for i, s in state.items()}
-        for history in histories.values():
-            shape = (self.num_features, self.window)
-            if history.covariance.shape[:2] != shape:
+        allowed = range(len(self._links)) if self._links else (-1,)
+        histories = {}
+        for key, saved in state.items() if isinstance(state, Mapping) else ():
+            if key not in map(str, allowed):
                 raise AnybatchError(
-                    f"history of {where}: saved with (channels, window) = {tuple(history.covariance.shape[:2])}, the "
-                    f"layer has {shape}; convert the model with the config it was saved with"
+                    f"history of {where}: saved for map {key!r} of the norm, which has {len(self._links)}; convert the "
+                    "model as it was converted when the state was saved"
                 )
+            histories[int(key)] = self._fresh(int(key)).take(saved, where)
         return histories
+
+    def _fresh(self, index: int) -> History:
+        """An empty history for a map (-1: none), on the layer's device."""
+        device = next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
+        if index < 0 or not self._compensates:
+            return History(
+                self.window, torch.zeros(self.num_features, 0, device=device), torch.zeros(1, 0, device=device)
+            )
+        link = self._links[index]
+        rows = link.geometry.rows(link.map.weight.detach())  # type: ignore[operator]
+        rows = rows.to(device, compute_dtype(rows.dtype))
+        return History(self.window, rows, rows[: link.geometry.groups])
 
     def forward(self, y: Tensor) -> Tensor:
         """Normalise ``y`` (N, C, *); in training also take its moments into the history and running statistics."""
@@ -189,29 +207,33 @@ class CrossIterationBatchNorm(FedLayer):
         with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
             history = self._history_of(index, batch)
             if self._replay.is_second_run():
-                pooled = self._replay.recall(batch.now.mean)
+                pooled = self._replay.recall(batch.now.mean, index)
             else:
                 pooled = self._pool(history, batch)
                 self._push(history, batch, y.shape[0])
-                self._replay.remember(batch.now.mean, pooled)
-        over = self.average_reductions
+                self._replay.remember(batch.now.mean, index, pooled)
+        over = self.average_reductions if batch.patch.numel() else 0
+        replay = self._replay
 
-        def average(sums: Reductions, count: int) -> Reductions:
-            return history.average_(sums, count, over)
+        def on_backward(sums: Reductions, m: int) -> tuple[Tensor, Tensor] | None:
+            replay.backward_begins()
+            return history.average_(sums, m, over) if over else None
 
-        averaging = over > 0 and batch.patch.numel() > 0
-        return normalise_pooled(y, self.weight, self.bias, self.eps, batch, pooled, average if averaging else None)
+        return normalise_pooled(y, self.weight, self.bias, self.eps, batch, pooled, on_backward)
 
     def _measure(self, y: Tensor, feed: Feed | None) -> Batch:
         now = moments(y)
         dtype, channels = now.mean.dtype, self.num_features
-        if feed is None or not self.compensate or self.window == 1:
+        if feed is None or not self._compensates:
             return Batch(
                 now, now.mean.new_zeros(channels, 0), None, now.mean.new_zeros(1, 0), now.mean.new_zeros(channels, 0)
             )
         with torch.no_grad():
             patch = feed.geometry.mean_patch(feed.x, tuple(y.shape[2:])).to(dtype)
-            covariance = feed.geometry.covariance(feed.x, y - per_channel(now.mean, y), feed.weight).to(dtype)
+            # The rounded mean is not quite the mean, and at a mean of 1e4 what is left would drown the covariance.
+            centred = y.to(dtype) - per_channel(now.mean, y)
+            covariance = feed.geometry.covariance(feed.x, centred, feed.weight).to(dtype)
+            covariance -= spread(patch, channel_mean(centred))
         rows = feed.geometry.rows(feed.weight).to(dtype)
         return Batch(now, rows, None if feed.bias is None else feed.bias.to(dtype), patch, covariance)
 
@@ -247,9 +269,9 @@ class CrossIterationBatchNorm(FedLayer):
 
     def _push(self, history: History, batch: Batch, examples: int) -> None:
         now = batch.now
-        ok = torch.isfinite((now.mean + now.var).sum())
         mean_at = mean_response(batch.patch.unsqueeze(1), batch.rows, batch.bias)[:, 0]
         var_at = variance_response(batch.covariance.unsqueeze(1), batch.rows)[:, 0]
+        ok = torch.isfinite((now.mean + now.var + mean_at + var_at).sum())
         history.push_(now, ok, mean_at, var_at, batch.patch, batch.covariance)
         self._update_running(now, ok, examples)
 

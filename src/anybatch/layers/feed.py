@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..core.linear_map import MAPS, LinearMap
@@ -40,7 +41,6 @@ class Link(NamedTuple):
 
     map: nn.Module
     geometry: LinearMap
-    inside: bool
     handles: tuple[Any, ...]
 
 
@@ -74,9 +74,13 @@ class FedLayer(NormLayer):
             AnybatchError: ``map`` is no linear map, or its output channels are not the norm's.
         """
         geometry = LinearMap.of(map)
+        if any(link.map is map for link in self._links):
+            return self
         if geometry is None:
             known = ", ".join(m.__name__ for m in MAPS)
             raise AnybatchError(f"follows({type(map).__name__}): no linear map; give one of {known}")
+        if any(is_lazy(p) for p in map.parameters()):
+            raise AnybatchError(f"follows({map}): its weight is not made yet; run one forward of it first")
         channels = geometry.channels(map.weight)  # type: ignore[arg-type]
         if channels != self.num_features:
             raise AnybatchError(
@@ -84,16 +88,17 @@ class FedLayer(NormLayer):
             )
         self.dims = self.dims or max(1, len(geometry.kernel))
         handles: list[Any] = []
+        computed = parametrize.is_parametrized(map, "weight")
         if inside:
             handles.append(map.register_forward_pre_hook(self._stash_input, with_kwargs=True))
+            handles.append(map.register_forward_hook(self._drop_stash, always_call=True))
         else:
-            if parametrize.is_parametrized(map, "weight"):
+            if computed:
                 handles.append(map.register_forward_pre_hook(_keep_weight))
-                handles.append(map.register_forward_hook(_tag_output, with_kwargs=True))
+            handles.append(map.register_forward_hook(self._tag_output, with_kwargs=True))
+            if computed:
                 handles.append(map.register_forward_hook(_release_weight, always_call=True))
-            else:
-                handles.append(map.register_forward_hook(_tag_output, with_kwargs=True))
-        self._links.append(Link(map, geometry, inside, tuple(handles)))
+        self._links.append(Link(map, geometry, tuple(handles)))
         self.exclusive = self.exclusive and exclusive
         return self
 
@@ -112,13 +117,12 @@ class FedLayer(NormLayer):
         """
         if not self._links:
             return -1, None
-        feed: Feed | None = getattr(y, _TAG, None)
-        if feed is None and self._stash is not None:
-            feed, self._stash = self._stash, None
-            return next(i for i, link in enumerate(self._links) if link.map is feed.map), feed
+        feed, version = self._stash, 0
+        if feed is None:
+            feed, version = _tag_of(y), _version(y)
         for i, link in enumerate(self._links):
             if feed is not None and link.map is feed.map:
-                if feed.version != y._version:
+                if feed.version != version or y.dim() != feed.weight.dim():
                     break
                 return i, feed
         followed = " or ".join(str(link.map) for link in self._links)
@@ -132,17 +136,39 @@ class FedLayer(NormLayer):
         if self.training:
             self._stash = _feed(module, args, kwargs, 0)
 
+    def _drop_stash(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._stash = None
+
+    def _tag_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        if self.training:
+            _tag(output, module, args, kwargs)
+
 
 def _feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], version: int) -> Feed:
     x = args[0] if args else kwargs["input"]
     geometry = LinearMap.of(module)
     assert geometry is not None
-    return Feed(module, geometry, x.detach(), module.weight, module.bias, version)  # type: ignore[arg-type]
+    weight, bias = module.weight, module.bias
+    if not torch.is_grad_enabled():  # the map ran without gradients, and gets none through its norm
+        weight, bias = weight.detach(), None if bias is None else bias.detach()  # type: ignore[operator]
+    return Feed(module, geometry, x.detach(), weight, bias, version)  # type: ignore[arg-type]
 
 
 @eager
-def _tag_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-    setattr(output, _TAG, _feed(module, args, kwargs, output._version))
+def _tag(output: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    setattr(output, _TAG, _feed(module, args, kwargs, _version(output)))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _tag_of(y: Tensor) -> Feed | None:
+    # Full-backward hooks on the map or the norm put a view of the whole tensor in its place.
+    base = y._base
+    if not hasattr(y, _TAG) and base is not None and (base.shape, base.stride()) == (y.shape, y.stride()):
+        return getattr(base, _TAG, None)
+    return getattr(y, _TAG, None)
 
 
 def _keep_weight(module: nn.Module, args: Any) -> None:
@@ -156,3 +182,5 @@ def _release_weight(module: nn.Module, args: Any, output: Any) -> None:
     stack = module.__dict__.get("_anybatch_cached")
     if stack:
         stack.pop().__exit__(None, None, None)
+        if not stack:
+            del module.__dict__["_anybatch_cached"]

@@ -5,6 +5,7 @@ is written there and only a batch with finite moments moves the ring on, so a ba
 waits for the device to find out. Letters: T slots (= window), C channels, G groups, K values of a patch.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class History:
     covariance (C, T, K), slot (1,) int64: the free one, forwards () int64, reductions (2, C), backwards ().
     """
 
+    @torch.inference_mode(False)  # a forward in inference mode must not make a ring that training cannot write
     def __init__(self, window: int, covariance: Tensor, patch: Tensor) -> None:
         channels, k = covariance.shape
         zeros = covariance.new_zeros
@@ -46,28 +48,30 @@ class History:
 
     def push_(self, now: Moments, ok: Tensor, mean_at: Tensor, var_at: Tensor, patch: Tensor, cov: Tensor) -> None:
         """Write a batch into the free slot, and free the oldest if ``ok`` (a bool on the device)."""
-        # A slot of count 0 is multiplied by zero, so it must hold no nan.
-        scalars = torch.stack([now.mean, now.var, mean_at, var_at]).nan_to_num_(0.0, 0.0, 0.0)
-        self.scalars.index_copy_(2, self.slot, scalars.unsqueeze(2))
+        # A free slot is multiplied by zero, so what it holds must be finite, squared too.
+        scalars = torch.stack([now.mean, now.var, mean_at, var_at])
+        self.scalars.index_copy_(2, self.slot, torch.where(ok, scalars, 0.0).unsqueeze(2))
         if patch.numel():
-            self.patch.index_copy_(1, self.slot, patch.nan_to_num(0.0, 0.0, 0.0).unsqueeze(1))
-            self.covariance.index_copy_(1, self.slot, cov.nan_to_num(0.0, 0.0, 0.0).unsqueeze(1))
+            self.patch.index_copy_(1, self.slot, torch.where(ok, patch, 0.0).unsqueeze(1))
+            self.covariance.index_copy_(1, self.slot, torch.where(ok, cov, 0.0).unsqueeze(1))
         self.count.index_fill_(0, self.slot, float(now.size))
         self.slot.add_(ok).remainder_(self.count.shape[0])
         self.count.index_fill_(0, self.slot, 0.0)
         self.forwards.add_(1)
 
-    def average_(self, sums: Reductions, count: int, over: int) -> Reductions:
-        """Average E[g], E[g * y_hat] over the last ``over`` backwards (exactly so before, exponentially after).
+    def average_(self, sums: Reductions, m: int, over: int) -> tuple[Tensor, Tensor]:
+        """Take a backward's E[g], E[g * y_hat] into their running averages, and give these.
 
-        A backward with a gradient that is not finite leaves the averages as they were.
+        The plain mean of the first ``over`` backwards, an exponential average with weight 1 / over from then on. A
+        backward with a gradient that is not finite leaves them as they were.
         """
-        new = torch.stack(list(sums)) / count
+        new = torch.stack(list(sums)) / m
         ok = torch.isfinite(new.sum())
         self.backwards.add_(ok)
         step = torch.where(ok, new - self.reductions, 0.0) / self.backwards.clamp(1, over)
         self.reductions.add_(step)
-        return Reductions(*self.reductions.clone().unbind(0))
+        g, g_y_hat = self.reductions.clone().unbind(0)
+        return g, g_y_hat
 
     def like(self, tensor: Tensor) -> "History":
         """Move to the device and dtype that a batch's statistics have, if they are others."""
@@ -81,17 +85,24 @@ class History:
         """Copies of the tensors by name."""
         return {field: getattr(self, field).clone() for field in _FIELDS}
 
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any], device: torch.device, where: str) -> "History":
-        """A history from what :meth:`state_dict` gave.
+    def take(self, state: Any, where: str) -> "History":
+        """Fill this fresh history with what :meth:`state_dict` gave.
 
         Raises:
-            AnybatchError: a tensor is missing, or their shapes do not fit each other.
+            AnybatchError: a tensor is missing, of another shape or kind, or the free slot is not in the ring.
         """
-        missing = [f for f in _FIELDS if not isinstance(state.get(f), Tensor)]
-        if missing:
-            raise AnybatchError(f"history of {where}: no tensor {', '.join(missing)} in it; save it anew")
-        history = cls.__new__(cls)
+        if not isinstance(state, Mapping):
+            raise AnybatchError(f"history of {where}: a {type(state).__name__} is no history; save it anew")
         for field in _FIELDS:
-            setattr(history, field, state[field].to(device, copy=True))
-        return history
+            mine, saved = getattr(self, field), state.get(field)
+            if not isinstance(saved, Tensor):
+                raise AnybatchError(f"history of {where}: no tensor {field!r} in it; save it anew")
+            if saved.shape != mine.shape or saved.is_floating_point() != mine.is_floating_point():
+                raise AnybatchError(
+                    f"history of {where}: {field!r} is {saved.dtype} of shape {tuple(saved.shape)} and the layer's has "
+                    f"shape {tuple(mine.shape)}; convert the model with the config it was saved with"
+                )
+            setattr(self, field, saved.to(mine.device, copy=True))
+        if not 0 <= int(self.slot) < len(self.count):
+            raise AnybatchError(f"history of {where}: slot {int(self.slot)} of {len(self.count)}; save it anew")
+        return self
