@@ -81,7 +81,7 @@ def compiled_in_place() -> nn.Module:
             lambda: DistributedDataParallel(ResNet()),
             r"is a DistributedDataParallel; call .* before wrapping.*ddp\.module",
         ),
-        (lambda: nn.Sequential(nn.DataParallel(ResNet())), "'0' is a DataParallel; call convert_ before wrapping it"),
+        (lambda: nn.Sequential(nn.DataParallel(ResNet())), "'0' is a DataParallel; call convert_ and train it under DistributedDataParallel"),
         (
             lambda: torch.compile(ResNet(), backend="eager"),
             r"is a OptimizedModule; call convert_ before torch\.compile",

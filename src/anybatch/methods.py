@@ -132,18 +132,22 @@ class Method:
     Args:
         name: as typed on the command line.
         make: config from options.
+        label: as called in tables and plots.
         summary: one line.
         source: paper.
         foldable: whether inference is an affine map per channel with constants, so that it folds into a convolution.
         per_example: whether training statistics see one example at a time.
+        cost: about what a training forward costs in BatchNorm's, at one example on a CPU; to plan runs by.
     """
 
     name: str
     make: Callable[..., NormConfig]
+    label: str
     summary: str
     source: str
     foldable: bool = True
     per_example: bool = False
+    cost: float = 1.0
 
     @property
     def config(self) -> NormConfig:
@@ -157,18 +161,40 @@ class Method:
 
 
 _ROWS = (
-    Method("bn", BN, "torch's BatchNorm: moments of the current batch", "Ioffe & Szegedy 2015"),
-    Method("gn", GN, "torch's GroupNorm: moments of channel groups of one example", "Wu & He 2018", False, True),
+    Method("bn", BN, "BatchNorm", "torch's BatchNorm: moments of the current batch", "Ioffe & Szegedy 2015"),
     Method(
-        "cbn", CBN, "moments pooled over recent iterations, carried to today's weights", "Yao et al. 2021, and ours"
+        "gn",
+        GN,
+        "GroupNorm",
+        "torch's GroupNorm: moments of channel groups of one example",
+        "Wu & He 2018",
+        foldable=False,
+        per_example=True,
+    ),
+    Method(
+        "cbn",
+        CBN,
+        "CBN",
+        "moments pooled over recent iterations, carried to today's weights",
+        "Yao et al. 2021, and ours",
+        cost=4.0,
     ),
     Method(
         "cbn-naive",
         partial(CBN, compensate=False),
-        "moments pooled over recent iterations as they were",
+        "CBN, no compensation",
+        "moments pooled over recent iterations as they were; the history is a constant",
         "Yao et al. 2021",
+        cost=2.5,
     ),
-    Method("cbn-paper", CBN.paper, "CBN with every switch as its authors have it", "Yao et al. 2021"),
+    Method(
+        "cbn-paper",
+        CBN.paper,
+        "CBN as released",
+        "CBN with every switch as its authors have it",
+        "Yao et al. 2021",
+        cost=4.0,
+    ),
 )
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
 

@@ -62,6 +62,10 @@ def convert_(
         AnybatchError: nothing to convert, a wrapped model, missing or unfit example inputs, a norm that the method
             cannot replace, or an optimizer that holds a parameter the method drops.
     """
+    if not isinstance(config, NormConfig):
+        raise AnybatchError(
+            f"convert_: the config is {config!r}; give an instance such as ab.CBN(window=8), or ab.parse_method('cbn')"
+        )
     refuse_wrapped("convert_", model)
     reasons = select("convert_", model, where)
     found = batch_norms(model)

@@ -14,6 +14,7 @@ from anybatch.lab.results import Results
 from anybatch.lab.summary import REFERENCE, is_reference
 from anybatch.lab.training import RunResult, run_key
 from anybatch.lab.workers import Advanced, Failed, Finished, Started, run_all
+from anybatch.methods import METHODS
 
 __all__ = ["FULL", "QUICK", "Outcome", "Preset", "compare", "cost", "plan", "schedule"]
 
@@ -58,8 +59,8 @@ def plan(base: RunConfig, methods: Sequence[str], batches: Sequence[int], seeds:
 
 def cost(config: RunConfig) -> float:
     """About how long a run takes, relative to others on the same data: images, and an overhead per forward."""
-    history = 4.0 if config.method.startswith("cbn") else 1.0
-    return config.epochs * history * (1 + 1.3 / config.batch)
+    known = METHODS.get(config.method.partition("(")[0].strip())
+    return config.epochs * (known.cost if known else 1.0) * (1 + 1.3 / config.batch)
 
 
 def schedule(configs: Sequence[RunConfig]) -> list[RunConfig]:

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from anybatch.lab.summary import Row, Summary
 from anybatch.lab.training import RunResult
+from anybatch.methods import METHODS
 
 __all__ = ["DARK", "LIGHT", "accuracy_figure", "curves_figure", "png", "svg", "themed"]
 
@@ -23,8 +24,6 @@ __all__ = ["DARK", "LIGHT", "accuracy_figure", "curves_figure", "png", "svg", "t
 LIGHT = ("#1c2024", "#666d76", "#dfe2e6", "#0068b0", "#c8500a", "#00805e", "#a8478a", "#94690a", "#3d8fc0", "#6b6b6b")
 DARK = ("#e9ecef", "#9aa3ad", "#343a42", "#62b5f5", "#ff9252", "#3fd0a4", "#ea9fd0", "#edc14d", "#9ad6f7", "#b9b9b9")
 INK, MUTED, GRID, *SERIES = LIGHT
-# The same method has the same colour in every figure of every report; others take what is left, in order.
-KNOWN = {"cbn": 0, "bn": 1, "gn": 2, "cbn-naive": 3, "cbn-paper": 4}
 MARKERS = "osD^vPX"
 STYLE: Any = {
     "font.family": ["DejaVu Sans", "sans-serif"],
@@ -147,14 +146,13 @@ def _batch(row: Row) -> int:
 
 
 def _colours(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each method: a known name has its own, unless a variant of it took that already."""
-    free = [place for place in range(len(SERIES)) if place not in KNOWN.values()]
+    """Colour and marker of each method: by its place in the table, so always the same; variants take what is left."""
+    places = {name: place % len(SERIES) for place, name in enumerate(METHODS)}
     taken: dict[str, int] = {}
-    for method in methods:
-        place = KNOWN.get(method.partition("(")[0])
-        if place is None or place in taken.values():
-            place = free.pop(0) if free else len(taken) % len(SERIES)
-        taken[method] = place
+    for method in sorted(methods, key=lambda method: method not in places):
+        free = [place for place in range(len(SERIES)) if place not in taken.values()]
+        place = places.get(method.partition("(")[0], 0)
+        taken[method] = place if place in free or not free else free[0]
     return {method: (SERIES[place], MARKERS[place]) for method, place in taken.items()}
 
 

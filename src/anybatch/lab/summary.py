@@ -8,6 +8,7 @@ from statistics import fmean
 from anybatch.lab.config import RunConfig
 from anybatch.lab.statistics import Estimate, estimate
 from anybatch.lab.training import RunResult
+from anybatch.methods import METHODS
 
 __all__ = ["REFERENCE", "Row", "Summary", "is_reference", "label", "summarise"]
 
@@ -15,21 +16,14 @@ REFERENCE = "bn"  # at the gradient batch
 PERCENT = "\N{NO-BREAK SPACE}%"
 WIDE = 3.0  # points: an interval wider to each side says that seeds are too few, not that methods are alike
 
-_LABELS = {
-    "bn": "BatchNorm",
-    "gn": "GroupNorm",
-    "cbn": "CBN",
-    "cbn-naive": "CBN, no compensation",
-    "cbn-paper": "CBN as released",
-}
-
 
 def label(method: str) -> str:
     """The name of a method for people: "cbn-paper(burn_in_steps='1/3')" -> "CBN as released (burn-in 1/3)"."""
     name, _, options = method.partition("(")
     pretty = re.sub(r"['\"]", "", options.rstrip(")")).replace("burn_in_steps", "burn-in").replace("_", " ")
     pretty = ", ".join(" ".join(part.split("=")).strip() for part in pretty.split(",") if part.strip())
-    return _LABELS.get(name.strip(), name.strip()) + (f" ({pretty})" if pretty else "")
+    known = METHODS.get(name.strip())
+    return (known.label if known else name.strip()) + (f" ({pretty})" if pretty else "")
 
 
 @dataclass(frozen=True)
