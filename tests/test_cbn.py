@@ -2,14 +2,18 @@
 
 import itertools
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch.nn import CrossIterationBatchNorm
 
 from . import oracle
+from .test_linear_map import CONVS, convolutions
 from .tolerances import ORACLE, REORDERED, SAME
 
 D = torch.float64
@@ -432,3 +436,37 @@ def test_moved_to_another_dtype_in_mid_window(dtype: torch.dtype) -> None:
     assert out.dtype == model[0].weight.grad.dtype == dtype
     assert model[1].histories[0].covariance.dtype == torch.promote_types(dtype, torch.float32)
     assert model[1].histories[0].forwards == 2
+
+
+@given(convolutions(CONVS, ["zeros", "circular", "reflect"]), st.data())
+@hypothesis.settings(max_examples=25)
+def test_any_convolution_under_any_window(case: tuple[nn.Module, Tensor], data: st.DataObject) -> None:
+    """Shapes, strides, groups, paddings and options searched: outputs and every gradient against the oracle."""
+    module, x = case
+    equal, second_moment = data.draw(st.booleans()), data.draw(st.booleans())
+    window, before = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 5))
+    norm = CrossIterationBatchNorm(
+        module.out_channels,
+        window=window,
+        dtype=D,
+        pooling="equal" if equal else "samples",
+        expansion="second_moment" if second_moment else "deviation",
+        average_reductions=0,
+    ).follows(module)
+    batches = [torch.randn(data.draw(st.integers(1, 3)), *x.shape[1:], dtype=D) + 0.5 for _ in range(before)]
+    past = trained(norm, module, batches, 0.01)
+    y = oracle.run(module, module.weight, module.bias, x)
+    hypothesis.assume(y.numel() // y.shape[1] > 1)
+    hypothesis.assume(all(bool((entry.var > 1e-3).all()) for entry in past))
+    x.requires_grad_()
+    out, y = norm(module(x)), oracle.run(module, module.weight, module.bias, x)
+    mean, var = oracle.pooled_moments(
+        y, past[max(0, len(past) - window + 1) :], module.weight, module.bias,
+        equal=equal, second_moment=second_moment, detach=False,
+    )  # fmt: skip
+    expected = oracle.normalise(y, mean, var, norm.weight, norm.bias, norm.eps)
+    torch.testing.assert_close(out, expected, rtol=1e-8, atol=1e-9)
+    wanted = [x, *module.parameters(), *norm.parameters()]
+    cotangent = torch.randn_like(out)
+    for mine, theirs in zip(gradients(out, wanted, cotangent), gradients(expected, wanted, cotangent), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-8 * float(theirs.abs().max().clamp_min(1)))

@@ -81,7 +81,10 @@ def compiled_in_place() -> nn.Module:
             lambda: DistributedDataParallel(ResNet()),
             r"is a DistributedDataParallel; call .* before wrapping.*ddp\.module",
         ),
-        (lambda: nn.Sequential(nn.DataParallel(ResNet())), "'0' is a DataParallel; call convert_ and train it under DistributedDataParallel"),
+        (
+            lambda: nn.Sequential(nn.DataParallel(ResNet())),
+            "'0' is a DataParallel; call convert_ and train it under DistributedDataParallel",
+        ),
         (
             lambda: torch.compile(ResNet(), backend="eager"),
             r"is a OptimizedModule; call convert_ before torch\.compile",
@@ -103,3 +106,9 @@ def test_what_is_missing_is_said() -> None:
         convert_(ResNet(), CBN(window=2), torch.randn(X), where="blocks.0.bn9")
     with pytest.raises(AnybatchError, match=r"matches none .*; there are stem\.1, "):
         convert_(ResNet(), CBN(window=2), torch.randn(X), where=lambda name, module: False)
+
+
+@pytest.mark.parametrize("config", ["cbn", ab.CBN, None], ids=["a name", "a class", "nothing"])
+def test_a_config_that_is_none_is_answered_with_the_mend(config: object) -> None:
+    with pytest.raises(ab.AnybatchError, match=r"ab\.CBN\(window=8\).*parse_method"):
+        ab.convert_(ResNet(), config, example_inputs=torch.randn(1, 3, 16, 16))
