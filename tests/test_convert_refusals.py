@@ -108,7 +108,7 @@ def test_what_is_missing_is_said() -> None:
         convert_(ResNet(), CBN(window=2), torch.randn(X), where=lambda name, module: False)
 
 
-@pytest.mark.parametrize("config", ["cbn", ab.CBN, None], ids=["a name", "a class", "nothing"])
+@pytest.mark.parametrize("config", ["cbn", CBN, None], ids=["a name", "a class", "nothing"])
 def test_a_config_that_is_none_is_answered_with_the_mend(config: object) -> None:
-    with pytest.raises(ab.AnybatchError, match=r"ab\.CBN\(window=8\).*parse_method"):
-        ab.convert_(ResNet(), config, example_inputs=torch.randn(1, 3, 16, 16))
+    with pytest.raises(AnybatchError, match=r"ab\.CBN\(window=8\).*parse_method"):
+        convert_(ResNet(), config, example_inputs=torch.randn(1, 3, 16, 16))
