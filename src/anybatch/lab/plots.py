@@ -141,6 +141,11 @@ def themed(element: str) -> str:
     return re.sub(r' (width|height)="[^"]*pt"', "", element, count=2)
 
 
+def _wrapped(text: str) -> str:
+    """In lines of a label's width; what is in brackets stays together."""
+    return textwrap.fill(re.sub(r"\(.*\)", lambda m: m[0].replace(" ", "\N{NO-BREAK SPACE}"), text), 17)
+
+
 def _batch(row: Row) -> int:
     return row.batch
 
@@ -186,7 +191,7 @@ def _name_lines(axes: Axes, names: Sequence[tuple[float, str, str]], line_height
         line_height: of a line of text, as a share of the height of the axes.
     """
     low, high = axes.get_ylim()
-    wanted = sorted(((y - low) / (high - low), textwrap.fill(text, 17), colour) for y, text, colour in names)
+    wanted = sorted(((y - low) / (high - low), _wrapped(text), colour) for y, text, colour in names)
     heights = [height for height, _, _ in wanted]
     half = [line_height * (text.count("\n") + 1.25) / 2 for _, text, _ in wanted]
     for _ in range(200):  # push overlapping neighbours apart, half each, until they rest
