@@ -16,7 +16,7 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 .venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("anybatch needs Python >= 3.11: make PYTHON=python3.11 ..." * (sys.version_info < (3, 11)))'
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "anybatch needs Python 3.11 or newer; give one: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
 	touch $@
