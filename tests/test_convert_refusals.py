@@ -83,7 +83,7 @@ def compiled_in_place() -> nn.Module:
         ),
         (
             lambda: nn.Sequential(nn.DataParallel(ResNet())),
-            "'0' is a DataParallel; call convert_ and train it under DistributedDataParallel",
+            "'0' is a DataParallel; call convert_ before wrapping it.*DistributedDataParallel",
         ),
         (
             lambda: torch.compile(ResNet(), backend="eager"),

@@ -19,7 +19,8 @@ Where = Callable[[str, nn.Module], bool] | str | Sequence[str] | None
 # By name, because importing torch.distributed.fsdp to ask would cost every user a second.
 _WRAPPERS = {
     "DistributedDataParallel": "before wrapping it, or pass ddp.module and wrap that anew",
-    "DataParallel": "and train it under DistributedDataParallel instead: replicas of DataParallel share one history",
+    "DataParallel": "before wrapping it, or pass model.module (and train under DistributedDataParallel, since "
+    "replicas of DataParallel would share one history)",
     "FullyShardedDataParallel": "before wrapping it",
     "FSDPModule": "before fully_shard",
     "OptimizedModule": "before torch.compile, or pass compiled._orig_mod and compile that anew",
