@@ -139,3 +139,14 @@ def test_what_recalibrate_cannot_do() -> None:
         recalibrate_(ResNet(), [])
     with pytest.raises(AnybatchError, match="the batches reached no BatchNorm"):
         recalibrate_(nn.Linear(3, 2), [torch.randn(2, 3)])
+
+
+@pytest.mark.parametrize("loader", [None, torch.randn(2, 3, 8, 8)], ids=["nothing", "a tensor"])
+def test_what_is_no_loader_is_refused(loader: object) -> None:
+    with pytest.raises(AnybatchError, match="yields batches"):
+        recalibrate_(nn.Sequential(nn.BatchNorm2d(3)), loader)
+
+
+def test_a_batch_that_the_model_does_not_take_names_the_mend() -> None:
+    with pytest.raises(AnybatchError, match=r"raised .*forward=lambda model, batch"):
+        recalibrate_(nn.Sequential(nn.BatchNorm2d(3)), [{"pixels": torch.randn(2, 3, 8, 8)}])

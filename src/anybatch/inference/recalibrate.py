@@ -41,6 +41,10 @@ def recalibrate_(
     Raises:
         AnybatchError: no batch, no norm reached, or moments that are not finite.
     """
+    if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+        raise AnybatchError(
+            f"recalibrate_: the loader is a {type(loader).__name__}; give something that yields batches"
+        )
     if batches is not None and batches < 1:
         raise AnybatchError(f"recalibrate_: batches={batches}; give at least 1, or None for the whole loader")
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
@@ -51,7 +55,7 @@ def recalibrate_(
             if norm.running_mean is not None:
                 hooks.callback(norm.register_forward_pre_hook(_observer(seen), with_kwargs=True).remove)
         for batch in itertools.islice(loader, batches):
-            (forward or _default_forward)(model, batch)
+            _run(model, batch, forward)
             examples += next((len(t) for t in _tensors(batch) if t.dim()), 1)
         if not seen:
             what = "the loader gave no batch" if not examples else "the batches reached no BatchNorm"
@@ -115,10 +119,20 @@ def _evaluating(model: nn.Module, norms: Mapping[str, _BatchNorm]) -> Iterator[N
             _write(norm, mean, var)
 
 
-def _default_forward(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+def _run(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None) -> None:
+    if forward is not None:
+        forward(model, batch)
+        return
+    try:
+        if isinstance(batch, Mapping):
+            model(**batch)
+        else:
+            model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    except Exception as error:
+        raise AnybatchError(
+            f"recalibrate_: the model raised {type(error).__name__}: {error}. If a batch is not what its forward "
+            "takes, say how to run it: forward=lambda model, batch: model(...)"
+        ) from error
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
