@@ -81,3 +81,11 @@ def test_recomputing_something_else_is_an_error() -> None:
     )
     with pytest.raises(ab.AnybatchError, match="deterministic"):
         out.backward(torch.randn_like(out))
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("plain", 0), ("not reentrant", 3), ("reentrant", 3)])
+def test_what_waits_for_a_second_run_is_what_a_checkpoint_ran(mode: str, kept: int) -> None:
+    """Weight-sized tensors hang on it: nothing in plain training, the last step's levels under a checkpoint."""
+    _, net = run(mode, levels=3)
+    assert len(net.bn._replay._runs) == kept
+    assert len(net.stem_bn._replay._runs) == 0

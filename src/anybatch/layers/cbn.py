@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..core.affine import Reductions, per_channel
+from ..core.linear_map import LinearMap
 from ..core.moments import Moments, bessel, channel_mean, compute_dtype, moments, pool, update_running_
 from ..core.pooled import Batch, Pooled, normalise_pooled, spread
 from ..core.taylor import carry, history_gradient, mean_response, variance_response
@@ -187,10 +188,12 @@ class CrossIterationBatchNorm(FedLayer):
             return History(
                 self.window, torch.zeros(self.num_features, 0, device=device), torch.zeros(1, 0, device=device)
             )
-        link = self._links[index]
-        rows = link.geometry.rows(link.map.weight.detach())  # type: ignore[operator]
+        module = self._links[index].map
+        geometry = LinearMap.of(module)
+        assert geometry is not None  # follows() has seen to it
+        rows = geometry.rows(module.weight.detach())  # type: ignore[operator]
         rows = rows.to(device, compute_dtype(rows.dtype))
-        return History(self.window, rows, rows[: link.geometry.groups])
+        return History(self.window, rows, rows[: geometry.groups])
 
     def forward(self, y: Tensor) -> Tensor:
         """Normalise ``y`` (N, C, *); in training also take its moments into the history and running statistics."""
@@ -204,13 +207,12 @@ class CrossIterationBatchNorm(FedLayer):
         index, feed = self.take_feed(y)
         with torch.autocast(y.device.type, enabled=False):  # statistics are float32 or better
             batch = self._measure(y.detach(), feed)
-        with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
             history = self._history_of(index, batch)
-            if self._replay.is_second_run():
-                pooled = self._replay.recall(batch.now.mean, index)
-            else:
-                pooled = self._pool(history, batch)
-                self._push(history, batch, y.shape[0])
+            pooled = self._replay.recall(batch.now.mean, index) if self._replay.is_second_run() else None
+            if pooled is None:
+                with torch.no_grad():
+                    pooled = self._pool(history, batch)
+                    self._push(history, batch, y.shape[0])
                 self._replay.remember(batch.now.mean, index, pooled)
         over = self.average_reductions if batch.patch.numel() else 0
         replay = self._replay

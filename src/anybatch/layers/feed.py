@@ -40,7 +40,6 @@ class Link(NamedTuple):
     """A map that a norm follows."""
 
     map: nn.Module
-    geometry: LinearMap
     handles: tuple[Any, ...]
 
 
@@ -98,7 +97,7 @@ class FedLayer(NormLayer):
             handles.append(map.register_forward_hook(self._tag_output, with_kwargs=True))
             if computed:
                 handles.append(map.register_forward_hook(_release_weight, always_call=True))
-        self._links.append(Link(map, geometry, tuple(handles)))
+        self._links.append(Link(map, tuple(handles)))
         self.exclusive = self.exclusive and exclusive
         return self
 

@@ -42,7 +42,7 @@ class History:
         self.backwards = zeros(())
 
     def entries(self) -> Entries:
-        """The ring as the core reads it; empty slots have count 0."""
+        """The ring as the core reads it; empty slots have size 0."""
         mean, var, mean_at, var_at = self.scalars.unbind(0)
         return Entries(self.count, mean, var, mean_at, var_at, self.patch, self.covariance)
 
