@@ -36,14 +36,17 @@ def moments(x: Tensor) -> Moments:
         # torch's own BatchNorm kernel: two passes, accumulated in float64, several times var_mean's speed on CPU.
         mean, var = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0)
         return Moments(mean, var, size)
-    dims = [d for d in range(x.dim()) if d != 1]
-    var, mean = torch.var_mean(x.to(compute_dtype(x.dtype)), dims, correction=0)
+    var, mean = torch.var_mean(x.to(compute_dtype(x.dtype)), _all_but_channels(x), correction=0)
     return Moments(mean, var, size)
 
 
 def channel_mean(x: Tensor) -> Tensor:
     """Mean of each channel of ``x`` (N, C, *), over N and *."""
-    return x.mean([d for d in range(x.dim()) if d != 1])
+    return x.mean(_all_but_channels(x))
+
+
+def _all_but_channels(x: Tensor) -> list[int]:
+    return [d for d in range(x.dim()) if d != 1]
 
 
 def pool(means: Tensor, variances: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
