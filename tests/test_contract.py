@@ -16,7 +16,7 @@ from anybatch.layers.base import NormLayer
 from .tolerances import HALF, LARGE_MEAN
 
 every_method = pytest.mark.parametrize("name", ab.METHODS)
-C = 6
+C = 8
 
 
 class Net(nn.Module):
@@ -40,13 +40,14 @@ def example(n: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def converted(name: str, net: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
     net = (Net() if net is None else net).to(dtype)
-    report = ab.convert_(net, ab.METHODS[name].config, example_inputs=example(dtype=dtype))
+    report = ab.convert_(net, ab.METHODS[name].small, example_inputs=example(dtype=dtype))
     assert len(report.converted) == (0 if name == "bn" else 2), str(report)
     return net
 
 
 def train(net: nn.Module, steps: int = 3, n: int = 2) -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    ab.attach(net, optimizer)
     dtype = next(net.parameters()).dtype
     for _ in range(steps):
         optimizer.zero_grad()
@@ -75,7 +76,7 @@ def test_large_mean(name: str, training: bool) -> None:
         bn = nn.BatchNorm2d(C).to(dtype)
         with torch.no_grad():
             bn.running_mean.fill_(1e4)
-        layer = ab.METHODS[name].config.build(bn).train(training)
+        layer = ab.METHODS[name].small.build(bn).train(training)
         outs.append(layer((torch.randn(3, C, 5, 4) + 1e4).to(dtype)))
     torch.testing.assert_close(outs[1].double(), outs[0], **LARGE_MEAN)
 
@@ -85,7 +86,7 @@ def test_large_mean(name: str, training: bool) -> None:
 def test_half_precision_range(name: str, dtype: torch.dtype) -> None:
     """Inputs whose squares and sums overflow float16 give finite outputs near float32's."""
     x = (torch.randn(2, C, 16, 16) * 300 + 1000).to(dtype)
-    outs = [ab.METHODS[name].config.build(nn.BatchNorm2d(C))(y) for y in (x, x.float())]
+    outs = [ab.METHODS[name].small.build(nn.BatchNorm2d(C))(y) for y in (x, x.float())]
     assert outs[0].dtype == dtype
     torch.testing.assert_close(outs[0].float(), outs[1], **HALF[dtype])
 
@@ -98,17 +99,23 @@ def test_state_dict_in_mid_training(name: str) -> None:
     other = converted(name)
     other.load_state_dict(net.state_dict(), strict=True)
     plain = Net()
-    if isinstance(net.bn1, nn.modules.batchnorm._BatchNorm):
-        assert [(k, v.shape) for k, v in net.state_dict().items()] == [
-            (k, v.shape) for k, v in plain.state_dict().items()
-        ]
-        plain.load_state_dict(net.state_dict(), strict=True)
-        net.load_state_dict(plain.state_dict(), strict=True)
+    state, names = net.state_dict(), plain.state_dict()
+    layer = net.bn1
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        adds, reshapes = getattr(layer, "adds", ()), getattr(layer, "reshapes", ())
+        assert [k for k in state if k in names] == list(names)
+        assert {k.rpartition(".")[2] for k in state if k not in names} == set(adds)
+        assert all(
+            v.shape == names[k].shape or k.rpartition(".")[2] in reshapes for k, v in state.items() if k in names
+        )
+        if not adds and not reshapes:
+            plain.load_state_dict(net.state_dict(), strict=True)
+            net.load_state_dict(plain.state_dict(), strict=True)
     for model in (net, other, plain):
         model.eval()
     x = example()
     torch.testing.assert_close(other(x), net(x), rtol=0, atol=0)
-    if ab.METHODS[name].foldable:
+    if ab.METHODS[name].foldable and not getattr(layer, "reshapes", ()):
         torch.testing.assert_close(plain(x), net(x), rtol=0, atol=0)
 
 
@@ -117,7 +124,7 @@ def test_state_dict_in_mid_training(name: str) -> None:
     "options", [{}, {"affine": False}, {"momentum": None, "eps": 1e-3}, {"track_running_stats": False}]
 )
 def test_repr_evaluates_back(name: str, options: dict) -> None:
-    config = ab.METHODS[name].config
+    config = ab.METHODS[name].small
     assert eval(repr(config), vars(ab)) == config
     layer = config.build(nn.BatchNorm2d(C, **options))
     again = eval(repr(layer), {**vars(nn), **vars(ab.nn)})
@@ -129,11 +136,11 @@ def test_repr_evaluates_back(name: str, options: dict) -> None:
 
 
 @every_method
-@pytest.mark.parametrize("shape", [(5, 3), (3, 3, 7), (2, 3, 5, 3), (3, 3, 2, 3, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 4), (3, 4, 7), (2, 4, 5, 3), (3, 4, 2, 3, 2)], ids=str)
 def test_first_step_gradients(name: str, shape: tuple[int, ...]) -> None:
     """Numerically, in float64, for the input and every parameter (gradcheck's cotangents are random)."""
     kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
-    fresh = ab.METHODS[name].config.build(kind(3).double())
+    fresh = ab.METHODS[name].small.build(kind(4).double())
     with torch.no_grad():
         for p in fresh.parameters():
             p.normal_()
@@ -173,7 +180,14 @@ def test_channels_last(name: str) -> None:
         x = example().to(memory_format=memory_format).requires_grad_()
         out = net(x)
         assert out.is_contiguous(memory_format=memory_format)
-        results.append([out, *torch.autograd.grad(out, [x, *net.parameters()], torch.randn(out.shape))])
+        results.append(
+            [
+                out,
+                *torch.autograd.grad(
+                    out, [x, *(p for p in net.parameters() if p.requires_grad)], torch.randn(out.shape)
+                ),
+            ]
+        )
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -184,7 +198,7 @@ def test_a_cotangent_of_any_layout(name: str) -> None:
     grads = []
     for layout in (lambda g: g.contiguous(), lambda g: g):
         torch.manual_seed(4)
-        layer = ab.METHODS[name].config.build(nn.BatchNorm2d(C))
+        layer = ab.METHODS[name].small.build(nn.BatchNorm2d(C))
         x = torch.randn(2, C, 5, 3, requires_grad=True)
         g = layout(torch.randn(2, C, 3, 1).expand(2, C, 3, 5).transpose(2, 3))
         grads.append(torch.autograd.grad(layer(x), x, g)[0])
@@ -199,11 +213,16 @@ def test_compiles(name: str) -> None:
     for compiling in (False, True):
         torch.manual_seed(5)
         net = converted(name)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        ab.attach(net, optimizer)
         run = torch.compile(net, backend="aot_eager") if compiling else net
         for _ in range(3):
             x = example().requires_grad_()
             out = run(x)
-            results.append([out.detach(), *torch.autograd.grad(out, [x, *net.parameters()], torch.randn_like(out))])
+            optimizer.zero_grad()
+            out.backward(torch.randn_like(out))
+            results.append([out.detach(), x.grad, *(p.grad.clone() for p in net.parameters() if p.grad is not None)])
+            optimizer.step()
     for eager, compiled in zip(results[:3], results[3:], strict=True):
         for a, b in zip(eager, compiled, strict=True):
             torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
@@ -224,7 +243,7 @@ def test_reverts_and_folds(name: str) -> None:
     if any(isinstance(m, NormLayer) for m in net.modules()):
         ab.revert_(net)
         assert type(net.bn1) is type(net.bn2) is nn.BatchNorm2d
-        assert torch.equal(net(x), wanted)
+        assert not ab.METHODS[name].foldable or torch.equal(net(x), wanted)
 
 
 @every_method
@@ -239,7 +258,7 @@ def test_reverts_and_folds(name: str) -> None:
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_bad_input_is_refused(name: str, bad: Tensor, said: str, training: bool) -> None:
-    layer = ab.METHODS[name].config.build(nn.BatchNorm2d(C)).train(training)
+    layer = ab.METHODS[name].small.build(nn.BatchNorm2d(C)).train(training)
     if isinstance(layer, NormLayer):
         with pytest.raises(ab.AnybatchError, match=said):
             layer(bad)

@@ -98,7 +98,7 @@ def test_models_that_cannot_be_converted(make, said: str) -> None:
 
 
 def test_what_is_missing_is_said() -> None:
-    with pytest.raises(AnybatchError, match=r"CBN has to know which map feeds each norm; pass example_inputs"):
+    with pytest.raises(AnybatchError, match=r"CBN has to know what stands around each norm; pass example_inputs"):
         convert_(ResNet(), CBN(window=2))
     with pytest.raises(
         AnybatchError, match=r"where='blocks.0.bn9' matches none of the model's 8 norms; there are blocks\.0\.bn"

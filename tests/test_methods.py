@@ -13,7 +13,7 @@ from anybatch.nn import CrossIterationBatchNorm
 
 def test_public_names_are_a_decision() -> None:
     assert ab.__all__ == [
-        "BN", "CBN", "GN", "METHODS", "AnybatchError", "Report", "convert_", "fold", "history_state_dict",
+        "BN", "CBN", "GN", "METHODS", "AnybatchError", "Report", "attach", "convert_", "fold", "history_state_dict",
         "load_history_state_dict", "nn", "parse_method", "recalibrate_", "revert_",
     ]  # fmt: skip
     assert ab.nn.__all__ == ["CrossIterationBatchNorm"]

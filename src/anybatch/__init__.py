@@ -7,11 +7,12 @@ from .convert import revert_ as revert_
 from .errors import AnybatchError as AnybatchError
 from .inference import fold as fold
 from .inference import recalibrate_ as recalibrate_
-from .methods import BN as BN
-from .methods import CBN as CBN
-from .methods import GN as GN
+from .layers.cbn import CBN as CBN
+from .layers.torch_own import BN as BN
+from .layers.torch_own import GN as GN
 from .methods import METHODS as METHODS
 from .methods import parse_method as parse_method
+from .training import attach as attach
 from .training import history_state_dict as history_state_dict
 from .training import load_history_state_dict as load_history_state_dict
 
@@ -23,6 +24,7 @@ __all__ = [
     "METHODS",
     "AnybatchError",
     "Report",
+    "attach",
     "convert_",
     "fold",
     "history_state_dict",

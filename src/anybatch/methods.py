@@ -1,128 +1,24 @@
 """The table of methods: a config says what, a layer does it, one walker converts.
 
-Adding a method is one file in layers/ and one row here; the contract tests, the converter, the command line and the
-lab enumerate this table.
+Adding a method is one file in layers/, with the layer and its config, one row here and one page in docs/methods/; the
+contract tests, the converter, the command line and the lab enumerate this table. (Its public names, in __init__.py and
+nn.py, are a decision of their own.)
 """
 
 import ast
 import difflib
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import AnybatchError
-from .layers.base import NormLayer
-from .layers.cbn import CrossIterationBatchNorm, check_options
+from .layers.cbn import CBN
+from .layers.config import NormConfig
+from .layers.torch_own import BN, GN
 
-__all__ = ["BN", "CBN", "GN", "METHODS", "Method", "NormConfig", "parse_method"]
-
-
-class NormConfig(ABC):
-    """What a norm shall become. Frozen; its repr evaluates to an equal config."""
-
-    @abstractmethod
-    def build(self, bn: _BatchNorm) -> nn.Module:
-        """The layer in place of ``bn``: same Parameter and buffer objects, eps, momentum, mode.
-
-        Raises:
-            AnybatchError: this method cannot replace ``bn``.
-        """
-
-    @property
-    def needs_map(self) -> bool:
-        """Whether the layer has to know the linear map that feeds it."""
-        return False
-
-
-@dataclass(frozen=True)
-class BN(NormConfig):
-    """torch's own BatchNorm: the reference, and the way back."""
-
-    def build(self, bn: _BatchNorm) -> nn.Module:
-        """``bn`` itself, or plain BatchNorm where it is a layer of this library."""
-        return bn.to_batchnorm() if isinstance(bn, NormLayer) else bn
-
-
-@dataclass(frozen=True)
-class GN(NormConfig):
-    """torch's own GroupNorm, for comparison; it keeps no running statistics, so their names leave the state_dict.
-
-    Args:
-        groups: of channels; where it does not divide them, their greatest common divisor with it.
-    """
-
-    groups: int = 32
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.groups, int) or self.groups < 1:
-            raise AnybatchError(f"GN: groups={self.groups!r}; give a whole number of at least 1")
-
-    def build(self, bn: _BatchNorm) -> nn.Module:
-        """nn.GroupNorm with the affine parameters of ``bn``."""
-        channels = bn.num_features
-        layer = nn.GroupNorm(math.gcd(self.groups, channels), channels, bn.eps, affine=False)
-        layer.affine = bn.affine
-        layer.weight, layer.bias = bn.weight, bn.bias
-        return layer.train(bn.training)
-
-
-@dataclass(frozen=True)
-class CBN(NormConfig):
-    """Cross-Iteration BatchNorm; every option as in :class:`anybatch.nn.CrossIterationBatchNorm`.
-
-    Args:
-        window: batches pooled, the current one included.
-        gradient: 'history' or 'current'.
-        compensate: carry past moments over to today's weights.
-        pooling: 'samples' or 'equal'.
-        expansion: 'deviation' or 'second_moment'.
-        average_reductions: backwards over which the reductions for earlier layers are averaged; 0 for none.
-        momentum_batch: examples at which momentum is torch's; None: every forward counts the same.
-        running: 'total' or 'torch'.
-        burn_in_steps: training forwards of plain BatchNorm at first.
-    """
-
-    window: int = 8
-    gradient: Literal["history", "current"] = "history"
-    compensate: bool = True
-    pooling: Literal["samples", "equal"] = "samples"
-    expansion: Literal["deviation", "second_moment"] = "deviation"
-    average_reductions: int = 128
-    momentum_batch: int | None = 32
-    running: Literal["total", "torch"] = "total"
-    burn_in_steps: int = 0
-
-    def __post_init__(self) -> None:
-        check_options(**asdict(self))
-
-    @classmethod
-    def paper(cls, window: int = 8, burn_in_steps: int = 0) -> "CBN":
-        """Every switch as the paper and its released code have it (eps inside the root, as BatchNorm)."""
-        return cls(
-            window=window,
-            gradient="current",
-            pooling="equal",
-            expansion="second_moment",
-            average_reductions=0,
-            momentum_batch=None,
-            running="torch",
-            burn_in_steps=burn_in_steps,
-        )
-
-    @property
-    def needs_map(self) -> bool:
-        """True where past moments are compensated."""
-        return self.compensate and self.window > 1
-
-    def build(self, bn: _BatchNorm) -> nn.Module:
-        """A CrossIterationBatchNorm; the converter tells it which map it follows."""
-        return CrossIterationBatchNorm.replacing(bn, **asdict(self))
+__all__ = ["METHODS", "Method", "parse_method"]
 
 
 @dataclass(frozen=True)
@@ -135,7 +31,8 @@ class Method:
         label: as called in tables and plots.
         summary: one line.
         source: paper.
-        foldable: whether inference is an affine map per channel with constants, so that it folds into a convolution.
+        page: in docs/methods/, without its ending; by default the name.
+        trial: as typed for networks of few channels, where the defaults do not fit those; by default the name.
         per_example: whether training statistics see one example at a time.
         cost: about what a training forward costs in BatchNorm's, at one example on a CPU; to plan runs by.
     """
@@ -145,9 +42,14 @@ class Method:
     label: str
     summary: str
     source: str
-    foldable: bool = True
+    page: str = ""
+    trial: str = ""
     per_example: bool = False
     cost: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "page", self.page or self.name)
+        object.__setattr__(self, "trial", self.trial or self.name)
 
     @property
     def config(self) -> NormConfig:
@@ -155,9 +57,20 @@ class Method:
         return self.make()
 
     @property
+    def small(self) -> NormConfig:
+        """The method as tried on networks of few channels."""
+        return parse_method(self.trial)
+
+    @property
     def needs_map(self) -> bool:
         """Whether its layers have to know the map that feeds them."""
         return self.config.needs_map
+
+    @property
+    def foldable(self) -> bool:
+        """Whether inference is one scale and shift a channel, so that it folds into the convolution before it."""
+        layer = self.small.build(nn.BatchNorm2d(32))
+        return bool(getattr(layer, "foldable", isinstance(layer, nn.BatchNorm2d)))
 
 
 _ROWS = (
@@ -168,7 +81,7 @@ _ROWS = (
         "GroupNorm",
         "torch's GroupNorm: moments of channel groups of one example",
         "Wu & He 2018",
-        foldable=False,
+        trial="gn(groups=4)",
         per_example=True,
     ),
     Method(
@@ -185,6 +98,7 @@ _ROWS = (
         "CBN, no compensation",
         "moments pooled over recent iterations as they were; the history is a constant",
         "Yao et al. 2021",
+        page="cbn",
         cost=2.5,
     ),
     Method(
@@ -193,6 +107,7 @@ _ROWS = (
         "CBN as released",
         "CBN with every switch as its authors have it",
         "Yao et al. 2021",
+        page="cbn",
         cost=4.0,
     ),
 )

@@ -11,8 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import AnybatchError
 from ..layers.base import NormLayer
+from ..layers.config import NormConfig
 from ..layers.feed import FedLayer
-from ..methods import NormConfig
+from ..layers.surroundings import Fed, Surroundings
 from .eligible import Where, batch_norms, refuse_wrapped, select
 from .pairing import Pairing, pair
 from .report import Report, Row
@@ -70,20 +71,22 @@ def convert_(
     reasons = select("convert_", model, where)
     found = batch_norms(model)
     norms = {name: found[name] for name, reason in reasons.items() if not reason}
-    pairings: dict[str, Pairing] = {}
-    if config.needs_map:
-        if example_inputs is None:
-            raise AnybatchError(
-                f"convert_: {type(config).__name__} has to know which map feeds each norm; pass example_inputs, what "
-                "one forward of the model takes: a tensor, a tuple of arguments, a dict, or (tuple, dict)"
-            )
-        pairings = pair(model, norms, example_inputs)
+    if config.needs_example and example_inputs is None:
+        raise AnybatchError(
+            f"convert_: {type(config).__name__} has to know what stands around each norm; pass example_inputs, what "
+            "one forward of the model takes: a tensor, a tuple of arguments, a dict, or (tuple, dict)"
+        )
+    pairings = pair(model, norms, example_inputs) if config.needs_map else {}
+    around = {name: _around(pairings.get(name)) for name in norms}
+    reasons |= {name: config.leaves(around[name]) for name in norms}
+    norms = {name: norm for name, norm in norms.items() if not reasons[name]}
     layers = {name: _build(config, name, norm) for name, norm in norms.items()}
     joining = {name: _newcomers(name, norm, layers[name], optimizer) for name, norm in norms.items()}
     with ExitStack() as undo:
-        for name, pairing in pairings.items():
-            undo.callback(_unfollow, layers[name])
-            _follow(layers[name], pairing)
+        for name, layer in layers.items():
+            if isinstance(layer, NormLayer):
+                undo.callback(_unfollow, layer)
+                layer.meet(around[name])
         undo.pop_all()
 
     _replace(model, {norm: layers[name] for name, norm in norms.items()})
@@ -170,10 +173,10 @@ def _build(config: NormConfig, name: str, norm: _BatchNorm) -> nn.Module:
         raise AnybatchError(f"convert_: '{name}': {error}") from error
 
 
-def _follow(layer: nn.Module, pairing: Pairing) -> None:
-    if isinstance(layer, FedLayer):
-        for feed in pairing.feeds:
-            layer.follows(feed.module, inside=feed.inside, exclusive=pairing.exclusive)
+def _around(pairing: Pairing | None) -> Surroundings:
+    if pairing is None:
+        return Surroundings()
+    return Surroundings(tuple(Fed(feed.module, feed.inside) for feed in pairing.feeds), pairing.exclusive)
 
 
 def _unfollow(layer: nn.Module) -> None:

@@ -50,19 +50,19 @@ def _all_but_channels(x: Tensor) -> list[int]:
 
 
 def pool(means: Tensor, variances: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Moments of T batches taken together, from the moments of each.
+    """Moments of T batches taken together, from the moments of each; differentiable.
 
     mean = sum_t s_t mean_t,  var = sum_t s_t ( var_t + (mean_t - mean)^2 )
 
     Args:
-        means: (C, T).
-        variances: (C, T), population.
+        means: (..., T).
+        variances: (..., T), population.
         shares: (T,), not negative, of sum one; in proportion to the batches' counts they make this the moments of the
             concatenation.
     """
-    mean = (means * shares).sum(1)
-    spread = means - mean.unsqueeze(1)
-    return mean, (torch.addcmul(variances, spread, spread) * shares).sum(1)
+    mean = (means * shares).sum(-1)
+    spread = means - mean.unsqueeze(-1)
+    return mean, (torch.addcmul(variances, spread, spread) * shares).sum(-1)
 
 
 def bessel(var: Tensor, count: int) -> Tensor:

@@ -89,14 +89,15 @@ def fold(model: nn.Module, example_inputs: Any = None, strict: bool = True) -> n
     folded = copy.deepcopy(model)
     instead: dict[nn.Module, nn.Module] = {}
     for name, norm in batch_norms(folded).items():
-        if isinstance(norm, FedLayer) and norm.foldable:
+        plain = norm.to_batchnorm() if isinstance(norm, NormLayer) and norm.foldable else norm
+        if plain is not norm and isinstance(norm, FedLayer):
             norm.unfollow()
         if name in names:
             for fed_by in names[name]:
-                _fold_into(folded.get_submodule(fed_by), norm)
+                _fold_into(folded.get_submodule(fed_by), plain)
             instead[norm] = nn.Identity().eval()
-        elif isinstance(norm, NormLayer) and norm.foldable:
-            instead[norm] = norm.to_batchnorm()
+        elif plain is not norm:
+            instead[norm] = plain
     for old, new in instead.items():
         share_hooks(old, new)
     swap(folded, instead)
@@ -123,10 +124,10 @@ def _pairings(model: nn.Module, norms: dict[str, _BatchNorm], example_inputs: An
 def _refusal(norm: _BatchNorm, pairing: Pairing) -> str:
     if not isinstance(norm, nn.SyncBatchNorm) and (reason := obstacle(norm)):  # which evaluates as BatchNorm
         return reason
-    if not getattr(norm, "foldable", True):
-        return f"{type(norm).__name__} in evaluation is more than a scale and a shift per channel"
     if norm.running_mean is None or norm.running_var is None:
         return "it keeps no running statistics"
+    if not getattr(norm, "foldable", True):
+        return f"{type(norm).__name__} in evaluation is more than a scale and a shift per channel"
     if pairing.reason or pairing.shared:
         return pairing.reason or pairing.shared
     for feed in pairing.feeds:

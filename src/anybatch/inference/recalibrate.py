@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.moments import Moments, moments, pool
 from ..errors import AnybatchError
+from ..layers.base import NormLayer
 
 __all__ = ["recalibrate_"]
 
@@ -75,7 +76,8 @@ def _observer(seen: dict[_BatchNorm, Moments]) -> Callable[..., None]:
         x: Tensor = args[0] if args else kwargs["input"]
         if not x.numel():
             return
-        now, before = moments(x), seen.get(norm)
+        now = norm.statistics(x) if isinstance(norm, NormLayer) else moments(x)
+        before = seen.get(norm)
         if now.size > 1:
             _write(norm, now.mean, now.var)
         elif before is not None:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from anybatch.errors import AnybatchError
-from anybatch.methods import NormConfig, parse_method
+from anybatch.layers.config import NormConfig
+from anybatch.methods import parse_method
 
 __all__ = ["RunConfig"]
 

@@ -25,6 +25,7 @@ from anybatch.lab import checkpoint as checkpoints
 from anybatch.lab import machine, networks
 from anybatch.lab.config import RunConfig
 from anybatch.lab.data import Dataset
+from anybatch.training import attach
 
 __all__ = ["Progress", "RunConfig", "RunResult", "build_model", "evaluate", "run_key", "train_run"]
 
@@ -124,6 +125,7 @@ def train_run(
     optimizer = torch.optim.SGD(
         model.parameters(), lr=peak_lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
+    attach(model, optimizer)
     order = torch.Generator().manual_seed(config.seed)
     done = checkpoints.Counters()
     if checkpoint is not None and not resume:

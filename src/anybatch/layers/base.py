@@ -1,7 +1,7 @@
 """What every layer of the library shares: to the outside it is torch's BatchNorm.
 
 Names, shapes and order of the state_dict are torch's; isinstance checks against ``_BatchNorm`` hold; ``eval()`` is
-torch's BatchNorm on the running statistics.
+torch's BatchNorm on the running statistics, or with ``alpha`` its mixture with the example's own (layers/weighed.py).
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.affine import per_channel
+from ..core.moments import Moments, bessel, moments, pool, update_running_
+from ..core.step import measure, normalise_by
 from ..errors import AnybatchError
+from .options import check_number
+from .replay import Replay
+from .surroundings import Surroundings
 
 __all__ = ["TORCH_BATCH_NORMS", "NormLayer", "Remembers"]
 
@@ -37,6 +42,8 @@ class Remembers(Protocol):
 class NormLayer(_BatchNorm):
     """A layer that replaces torch's BatchNorm under the same names.
 
+    A method defines :meth:`normalise`, what training does, and what of the other methods differs from BatchNorm.
+
     Args:
         num_features: C, the channels (dim 1 of the input).
         eps: added to the variance, inside the square root.
@@ -44,13 +51,23 @@ class NormLayer(_BatchNorm):
         affine: whether the layer has a weight (gamma).
         track_running_stats: whether it keeps running statistics; without them evaluation uses the batch's own.
         bias: whether an affine layer has a bias (beta).
-        options: the method's own, by name; what repr shows besides.
+        options: the method's own, by name: attributes of the layer, and what repr shows besides.
 
     State: weight (C,), bias (C,), running_mean (C,), running_var (C,), num_batches_tracked (), as torch's BatchNorm.
     """
 
-    foldable: ClassVar[bool] = True
+    # What weight decay pulls the layer's own parameters towards; None leaves a parameter without decay.
+    decays_to: ClassVar[Mapping[str, float | None]] = {"weight": 1.0, "bias": 0.0}
+    # What the state_dict has besides BatchNorm's names, and what of those has another shape than BatchNorm's.
+    adds: ClassVar[tuple[str, ...]] = ()
+    reshapes: ClassVar[tuple[str, ...]] = ()
+    # Whether training has moments to normalise one value a channel by; else it is normalised by the running ones.
+    takes_single_values: ClassVar[bool] = False
+    # Whether evaluation can mix the example's own moments into the running ones.
+    can_weigh: ClassVar[bool] = True
+
     dims: int = 0  # spatial dimensions an input must have; 0: the first one settles it
+    alpha: float = 0.0  # the share of the example's own moments in evaluation
     options: dict[str, Any]
 
     def __init__(
@@ -71,8 +88,27 @@ class NormLayer(_BatchNorm):
             raise AnybatchError(f"{name}: num_features={num_features!r}; give a whole number of at least 1")
         if momentum is not None and not (isinstance(momentum, (int, float)) and 0 <= momentum <= 1):
             raise AnybatchError(f"{name}: momentum={momentum!r}; give a number from 0 to 1, or None")
+        self.check_options(**options)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.alpha = options.pop("alpha", 0.0)  # not kept among the options: it may be set later
         self.options = options
+        self._replay = Replay()
+        for option, value in options.items():
+            setattr(self, option, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have no runs of this layer to repeat."""
+        return {**self.__dict__, "_replay": Replay()}
+
+    @classmethod
+    def check_options(cls, **options: Any) -> None:
+        """Refuse options out of range.
+
+        Raises:
+            AnybatchError: naming the option, its value and what it may be.
+        """
+        if "alpha" in options:
+            check_number(cls.__name__, "alpha", options["alpha"], 0, 1)
 
     @classmethod
     def replacing(cls, bn: _BatchNorm, **options: Any) -> Self:
@@ -84,10 +120,40 @@ class NormLayer(_BatchNorm):
         return layer
 
     def to_batchnorm(self) -> _BatchNorm:
-        """Torch's plain BatchNorm in this layer's place: the same Parameter and buffer objects."""
+        """Torch's plain BatchNorm in this layer's place: the same Parameter and, where they fit, buffer objects."""
         bn = TORCH_BATCH_NORMS.get(self.dims, nn.BatchNorm2d)(self.num_features, self.eps, self.momentum, device="meta")
         _take_over(self, bn)
+        bn._parameters = {name: self._parameters.get(name) for name in ("weight", "bias")}
+        channel = self.channel_moments()
+        if channel is not None:
+            bn.running_mean, bn.running_var = channel
         return bn
+
+    def meet(self, around: Surroundings) -> None:
+        """Take note of where the converter found the norm to stand."""
+
+    def normalise(self, y: Tensor) -> Tensor:
+        """What training does with a batch that has values; running statistics included."""
+        raise NotImplementedError
+
+    def statistics(self, y: Tensor) -> Moments:
+        """The moments of ``y`` that the running statistics are averages of."""
+        return moments(y)
+
+    def channel_moments(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and variance (C,) by which evaluation normalises without ``alpha``; None where none are kept."""
+        if self.running_mean is None or self.running_var is None:
+            return None
+        return self.running_mean, self.running_var
+
+    def example_moments(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """An example's own moments, as weighed in evaluation, from those of its channels (N, C)."""
+        return mean, var
+
+    @property
+    def foldable(self) -> bool:
+        """Whether evaluation is one scale and shift a channel, the same for every example."""
+        return not self.alpha and self.channel_moments() is not None
 
     def check(self, y: Tensor) -> None:
         """Refuse an input the layer cannot normalise.
@@ -121,17 +187,80 @@ class NormLayer(_BatchNorm):
                 f"{name}: the input is on {y.device} and the layer on {own.device}; move one, e.g. model.to(x.device)"
             )
 
+    def forward(self, y: Tensor) -> Tensor:
+        """Normalise ``y`` (N, C, *); in training also take its moments into the running statistics."""
+        self.check(y)
+        if not self.training:
+            return self.infer(y)
+        if y.numel() == 0:
+            return self.pass_empty(y)
+        if y.numel() == self.num_features and not self.takes_single_values and self.running_mean is not None:
+            return self.infer(y)  # one value a channel has no variance
+        return self.in_full_precision(y)
+
+    def in_full_precision(self, y: Tensor) -> Tensor:
+        """:meth:`normalise` out of autocast's reach: statistics are float32 or better."""
+        with torch.autocast(y.device.type, enabled=False):
+            return self.normalise(y)
+
     def infer(self, y: Tensor) -> Tensor:
-        """Torch's BatchNorm in evaluation: by the running statistics, or by the batch's where none are kept."""
-        if self.running_mean is None or self.running_var is None:
+        """Evaluation: by the running statistics, weighed with the example's own; by the batch's where none are kept."""
+        channel = self.channel_moments()
+        if channel is None:
             return F.batch_norm(y, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        return F.batch_norm(y, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        if not self.alpha or y.numel() == 0:
+            return F.batch_norm(y, *channel, self.weight, self.bias, False, 0.0, self.eps)
+        with torch.autocast(y.device.type, enabled=False):
+            y, mean, var = measure(y, by_example=True)
+            return normalise_by(y, *self.weigh(mean, var), self.weight, self.bias, self.eps)
+
+    def weigh(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Moments of each example (N, C), pooled with the running ones by ``alpha``."""
+        channel, own = self.channel_moments(), self.example_moments(mean, var)
+        assert channel is not None
+        means, variances = (torch.stack([b.to(a.dtype).expand_as(a), a], -1) for a, b in zip(own, channel, strict=True))
+        return pool(means, variances, mean.new_tensor([1 - self.alpha, self.alpha]))
 
     def pass_empty(self, y: Tensor) -> Tensor:
         """An empty batch through the affine part, so that every parameter still gets its (zero) gradient."""
         if self.weight is not None:
             y = y * per_channel(self.weight, y)
         return y if self.bias is None else y + per_channel(self.bias, y)
+
+    @torch.no_grad()
+    def track_(
+        self,
+        now: Moments,
+        examples: int,
+        ok: Tensor | None = None,
+        total: bool = False,
+        momentum_batch: int | None = None,
+    ) -> None:
+        """Take a batch's moments into the running statistics; a second run under a checkpoint takes nothing.
+
+        Args:
+            now: of the batch, in the shape of the running statistics.
+            examples: in the batch.
+            ok: a bool on the device: False leaves everything as it is. By default whether the moments are finite.
+            total: running_var is the total population variance; else torch's average of Bessel variances.
+            momentum_batch: examples at which ``momentum`` is torch's; None: every forward counts the same.
+        """
+        if not self.track_running_stats or self.running_mean is None or Replay.is_second_run():
+            return
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        ok = torch.isfinite((now.mean + now.var).sum()) if ok is None else ok
+        self.num_batches_tracked.add_(ok)
+        moved = ok.to(now.mean.dtype)
+        if self.momentum is None:
+            rate = moved / self.num_batches_tracked.clamp_min(1)
+        elif momentum_batch is None:
+            rate = moved * self.momentum
+        else:
+            rate = moved * (1 - (1 - self.momentum) ** min(1.0, examples / momentum_batch))
+        var = now.var if total else bessel(now.var, now.size)
+        mean, var = torch.where(ok, now.mean, 0.0), torch.where(ok, var, 0.0)
+        update_running_(self.running_mean, self.running_var, mean, var, rate, total=total)
 
     def extra_repr(self) -> str:
         """The constructor's arguments, so that repr(layer) evaluates to an equal layer."""
@@ -142,6 +271,8 @@ class NormLayer(_BatchNorm):
             own["bias"] = False
         if not self.track_running_stats:
             own["track_running_stats"] = False
+        if self.alpha:
+            own["alpha"] = self.alpha
         return ", ".join([str(self.num_features), *(f"{k}={v!r}" for k, v in {**own, **self.options}.items())])
 
 

@@ -22,49 +22,25 @@ gradient flows through the history (``gradient``), earlier layers get the averag
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..core.affine import Reductions, per_channel
 from ..core.linear_map import LinearMap
-from ..core.moments import Moments, bessel, channel_mean, compute_dtype, moments, pool, update_running_
+from ..core.moments import channel_mean, compute_dtype, moments, pool
 from ..core.pooled import Batch, Pooled, normalise_pooled, spread
 from ..core.taylor import carry, history_gradient, mean_response, variance_response
 from ..errors import AnybatchError
+from .base import NormLayer
+from .config import NormConfig
 from .feed import FedLayer, Feed, eager
 from .history import History
-from .replay import Replay
+from .options import check_choice, check_flag, check_whole
 
-__all__ = ["CrossIterationBatchNorm"]
-
-_CHOICES = {
-    "gradient": ("history", "current"),
-    "pooling": ("samples", "equal"),
-    "expansion": ("deviation", "second_moment"),
-    "running": ("total", "torch"),
-}
-_LEAST = {"window": 1, "average_reductions": 0, "burn_in_steps": 0, "momentum_batch": 1}
-
-
-def check_options(**options: Any) -> None:
-    """Refuse options out of range.
-
-    Raises:
-        AnybatchError: naming the option, its value and what it may be.
-    """
-    for name, choices in _CHOICES.items():
-        if options[name] not in choices:
-            raise AnybatchError(f"CBN: {name}={options[name]!r}; choose one of {', '.join(map(repr, choices))}")
-    if not isinstance(options["compensate"], bool):
-        raise AnybatchError(f"CBN: compensate={options['compensate']!r}; give True or False")
-    for name, least in _LEAST.items():
-        value = options[name]
-        if name == "momentum_batch" and value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise AnybatchError(f"CBN: {name}={value!r}; give a whole number of at least {least}")
+__all__ = ["CBN", "CrossIterationBatchNorm"]
 
 
 class CrossIterationBatchNorm(FedLayer):
@@ -92,6 +68,9 @@ class CrossIterationBatchNorm(FedLayer):
             statistics by 1 - (1 - momentum)^(n / momentum_batch). None: every forward counts the same, as in torch.
         running: 'total' (running_var is the total population variance) or 'torch' (average of Bessel variances).
         burn_in_steps: training forwards normalised by their own batch alone before the window is used.
+        examples_per_group: a larger batch is taken as so many examples at a time, each group one entry of the history,
+            as if they came one after another without a step between; None: the batch is one entry.
+        alpha: the share of the example's own moments in evaluation, see :func:`anybatch.weigh_examples_`.
 
     Shape: (N, C, *) -> (N, C, *).
 
@@ -103,6 +82,15 @@ class CrossIterationBatchNorm(FedLayer):
 
     Source: section 3 of the paper; the history gradient, expansion of the deviation and averaged reductions are ours.
     """
+
+    takes_single_values = True  # the window's
+    window: int
+    gradient: str
+    compensate: bool
+    pooling: str
+    average_reductions: int
+    burn_in_steps: int
+    examples_per_group: int | None
 
     def __init__(
         self,
@@ -116,6 +104,7 @@ class CrossIterationBatchNorm(FedLayer):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        alpha: float = 0.0,
         gradient: Literal["history", "current"] = "history",
         compensate: bool = True,
         pooling: Literal["samples", "equal"] = "samples",
@@ -124,33 +113,47 @@ class CrossIterationBatchNorm(FedLayer):
         momentum_batch: int | None = 32,
         running: Literal["total", "torch"] = "total",
         burn_in_steps: int = 0,
+        examples_per_group: int | None = None,
     ) -> None:
-        options = {
-            "window": window,
-            "gradient": gradient,
-            "compensate": compensate,
-            "pooling": pooling,
-            "expansion": expansion,
-            "average_reductions": average_reductions,
-            "momentum_batch": momentum_batch,
-            "running": running,
-            "burn_in_steps": burn_in_steps,
-        }
-        check_options(**options)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias, **options)
-        self.window = window
-        self.gradient = gradient
-        self.compensate = compensate
-        self.pooling = pooling
+        super().__init__(
+            *(num_features, eps, momentum, affine, track_running_stats, device, dtype),
+            bias=bias,
+            alpha=alpha,
+            window=window,
+            gradient=gradient,
+            compensate=compensate,
+            pooling=pooling,
+            expansion=expansion,
+            average_reductions=average_reductions,
+            momentum_batch=momentum_batch,
+            running=running,
+            burn_in_steps=burn_in_steps,
+            examples_per_group=examples_per_group,
+        )
         self.second_moment = expansion == "second_moment"
-        self.average_reductions = average_reductions
         # A window of one batch is torch's BatchNorm, its momentum and running variance included.
         self.momentum_batch = momentum_batch if window > 1 else None
         self.torch_running = running == "torch" or window == 1
-        self.burn_in_steps = burn_in_steps
         # One history a followed map (-1: none): the entries of one map say nothing about another's.
         self.histories: dict[int, History] = {}
-        self._replay = Replay()
+
+    @classmethod
+    def check_options(cls, **options: Any) -> None:
+        """Refuse options out of range."""
+        super().check_options(**options)
+        choices = {
+            "gradient": ("history", "current"),
+            "pooling": ("samples", "equal"),
+            "expansion": ("deviation", "second_moment"),
+            "running": ("total", "torch"),
+        }
+        for name, known in choices.items():
+            check_choice("CBN", name, options[name], known)
+        check_flag("CBN", "compensate", options["compensate"])
+        for name, least in {"window": 1, "average_reductions": 0, "burn_in_steps": 0}.items():
+            check_whole("CBN", name, options[name], least)
+        for name in ("momentum_batch", "examples_per_group"):
+            check_whole("CBN", name, options[name], none=True)
 
     @property
     def _compensates(self) -> bool:
@@ -158,7 +161,7 @@ class CrossIterationBatchNorm(FedLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without history: it is training state, see :func:`anybatch.history_state_dict`."""
-        return {**self.__dict__, "histories": {}, "_replay": Replay(), "_stash": None}
+        return {**super().__getstate__(), "histories": {}, "_stash": None}
 
     def history_state(self) -> dict[str, Any]:
         """Copies of the histories' tensors, by the index of the followed map (-1: none)."""
@@ -195,25 +198,27 @@ class CrossIterationBatchNorm(FedLayer):
         rows = rows.to(device, compute_dtype(rows.dtype))
         return History(self.window, rows, rows[: geometry.groups])
 
-    def forward(self, y: Tensor) -> Tensor:
-        """Normalise ``y`` (N, C, *); in training also take its moments into the history and running statistics."""
-        self.check(y)
-        if not self.training:
-            return self.infer(y)
-        return self.pass_empty(y) if y.numel() == 0 else self._normalise(y)
+    in_full_precision = eager(NormLayer.in_full_precision)
 
-    @eager
-    def _normalise(self, y: Tensor) -> Tensor:
+    def normalise(self, y: Tensor) -> Tensor:
+        """By the pooled moments; the batch's own go into the history and the running statistics."""
         index, feed = self.take_feed(y)
-        with torch.autocast(y.device.type, enabled=False):  # statistics are float32 or better
-            batch = self._measure(y.detach(), feed)
-            history = self._history_of(index, batch)
-            pooled = self._replay.recall(batch.now.mean, index) if self._replay.is_second_run() else None
-            if pooled is None:
-                with torch.no_grad():
-                    pooled = self._pool(history, batch)
-                    self._push(history, batch, y.shape[0])
-                self._replay.remember(batch.now.mean, index, pooled)
+        size = self.examples_per_group or len(y)
+        if len(y) <= size:
+            return self._normalise(y, index, feed)
+        starts = range(0, len(y), size)
+        feeds = [feed and feed._replace(x=feed.x[start : start + size]) for start in starts]
+        return torch.cat([self._normalise(part, index, f) for part, f in zip(torch.split(y, size), feeds, strict=True)])
+
+    def _normalise(self, y: Tensor, index: int, feed: Feed | None) -> Tensor:
+        batch = self._measure(y.detach(), feed)
+        history = self._history_of(index, batch)
+        pooled = self._replay.recall(batch.now.mean, index) if self._replay.is_second_run() else None
+        if pooled is None:
+            with torch.no_grad():
+                pooled = self._pool(history, batch)
+                self._push(history, batch, y.shape[0])
+            self._replay.remember(batch.now.mean, index, pooled)
         over = self.average_reductions if batch.patch.numel() else 0
         replay = self._replay
 
@@ -275,24 +280,54 @@ class CrossIterationBatchNorm(FedLayer):
         var_at = variance_response(batch.covariance.unsqueeze(1), batch.rows)[:, 0]
         ok = torch.isfinite((now.mean + now.var + mean_at + var_at).sum())
         history.push_(now, ok, mean_at, var_at, batch.patch, batch.covariance)
-        self._update_running(now, ok, examples)
+        self.track_(now, examples, ok, total=not self.torch_running, momentum_batch=self.momentum_batch)
 
-    def _update_running(self, now: Moments, ok: Tensor, examples: int) -> None:
-        if (
-            not self.track_running_stats
-            or self.running_mean is None
-            or self.running_var is None
-            or self.num_batches_tracked is None
-        ):
-            return
-        self.num_batches_tracked.add_(ok)
-        moved = ok.to(now.mean.dtype)
-        if self.momentum is None:
-            rate = moved / self.num_batches_tracked.clamp_min(1)
-        elif self.momentum_batch is None:
-            rate = moved * self.momentum
-        else:
-            rate = moved * (1 - (1 - self.momentum) ** min(1.0, examples / self.momentum_batch))
-        var = bessel(now.var, now.size) if self.torch_running else now.var
-        mean, var = torch.where(ok, now.mean, 0.0), torch.where(ok, var, 0.0)
-        update_running_(self.running_mean, self.running_var, mean, var, rate, total=not self.torch_running)
+
+@dataclass(frozen=True)
+class CBN(NormConfig):
+    """Cross-Iteration BatchNorm; every option as in :class:`anybatch.nn.CrossIterationBatchNorm`.
+
+    Args:
+        window: batches pooled, the current one included.
+        gradient: 'history' or 'current'.
+        compensate: carry past moments over to today's weights.
+        pooling: 'samples' or 'equal'.
+        expansion: 'deviation' or 'second_moment'.
+        average_reductions: backwards over which the reductions for earlier layers are averaged; 0 for none.
+        momentum_batch: examples at which momentum is torch's; None: every forward counts the same.
+        running: 'total' or 'torch'.
+        burn_in_steps: training forwards of plain BatchNorm at first.
+        examples_per_group: a larger batch is taken as so many examples at a time; None: as one.
+    """
+
+    layer: ClassVar[type[NormLayer]] = CrossIterationBatchNorm
+
+    window: int = 8
+    gradient: Literal["history", "current"] = "history"
+    compensate: bool = True
+    pooling: Literal["samples", "equal"] = "samples"
+    expansion: Literal["deviation", "second_moment"] = "deviation"
+    average_reductions: int = 128
+    momentum_batch: int | None = 32
+    running: Literal["total", "torch"] = "total"
+    burn_in_steps: int = 0
+    examples_per_group: int | None = None
+
+    @classmethod
+    def paper(cls, window: int = 8, burn_in_steps: int = 0) -> "CBN":
+        """Every switch as the paper and its released code have it (eps inside the root, as BatchNorm)."""
+        return cls(
+            window=window,
+            gradient="current",
+            pooling="equal",
+            expansion="second_moment",
+            average_reductions=0,
+            momentum_batch=None,
+            running="torch",
+            burn_in_steps=burn_in_steps,
+        )
+
+    @property
+    def needs_map(self) -> bool:
+        """True where past moments are compensated."""
+        return self.compensate and self.window > 1

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from ..core.linear_map import MAPS, LinearMap
 from ..errors import AnybatchError
 from .base import NormLayer
+from .surroundings import Surroundings
 
 __all__ = ["FedLayer", "Feed", "Link", "eager"]
 
@@ -100,6 +101,11 @@ class FedLayer(NormLayer):
         self._links.append(Link(map, tuple(handles)))
         self.exclusive = self.exclusive and exclusive
         return self
+
+    def meet(self, around: Surroundings) -> None:
+        """Follow the maps that the converter found."""
+        for fed in around.feeds:
+            self.follows(fed.map, inside=fed.inside, exclusive=around.exclusive)
 
     def unfollow(self) -> None:
         """Forget every map and take the hooks off them."""

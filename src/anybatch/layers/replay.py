@@ -4,11 +4,11 @@ A forward that runs inside a backward is such a second run. It is matched to its
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.pooled import Pooled
 from ..errors import AnybatchError
 
 __all__ = ["Replay"]
@@ -20,7 +20,7 @@ _KEPT = 16  # first runs that wait for their second; more at once than the level
 class _FirstRun:
     mean: Tensor  # (C,) of the batch
     index: int  # of the map
-    pooled: Pooled
+    pooled: Any
     backwards: int  # that had begun when it ran
     repeated: bool = False
 
@@ -41,7 +41,7 @@ class Replay:
         """Note a backward through the norm."""
         self._backwards += 1
 
-    def remember(self, mean: Tensor, index: int, pooled: Pooled) -> None:
+    def remember(self, mean: Tensor, index: int, pooled: Any) -> None:
         """Keep a first run, if a checkpoint may be what runs it (no gradients, or hooks on what autograd saves)."""
         self._runs = [run for run in self._runs if not run.repeated]
         checkpointed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
@@ -51,7 +51,7 @@ class Replay:
         else:  # no checkpoint now, and what ran before the last backward has had its chance
             self._runs = [run for run in self._runs if run.backwards == self._backwards]
 
-    def recall(self, mean: Tensor, index: int) -> Pooled:
+    def recall(self, mean: Tensor, index: int) -> Any:
         """What the latest first run with these moments normalised by.
 
         It stays until the next first run, since a retained graph runs it once more.

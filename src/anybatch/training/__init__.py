@@ -1,6 +1,7 @@
 """What a training loop needs of the layers."""
 
+from .attach import attach as attach
 from .history import history_state_dict as history_state_dict
 from .history import load_history_state_dict as load_history_state_dict
 
-__all__ = ["history_state_dict", "load_history_state_dict"]
+__all__ = ["attach", "history_state_dict", "load_history_state_dict"]

@@ -1,0 +1,36 @@
+"""Checks of options: one message a kind, naming the option, its value and what it may be."""
+
+from typing import Any
+
+from ..errors import AnybatchError
+
+__all__ = ["check_choice", "check_flag", "check_number", "check_whole"]
+
+
+def check_whole(what: str, name: str, value: Any, least: int = 1, none: bool = False) -> None:
+    """Refuse all but whole numbers from ``least``; None passes if ``none``."""
+    if none and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise AnybatchError(
+            f"{what}: {name}={value!r}; give a whole number of at least {least}{', or None' if none else ''}"
+        )
+
+
+def check_number(what: str, name: str, value: Any, low: float, high: float = float("inf")) -> None:
+    """Refuse all but numbers from ``low`` to ``high``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        within = f"from {low:g} to {high:g}" if high < float("inf") else f"of at least {low:g}"
+        raise AnybatchError(f"{what}: {name}={value!r}; give a number {within}")
+
+
+def check_choice(what: str, name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Refuse all but the ``choices``."""
+    if value not in choices:
+        raise AnybatchError(f"{what}: {name}={value!r}; choose one of {', '.join(map(repr, choices))}")
+
+
+def check_flag(what: str, name: str, value: Any) -> None:
+    """Refuse all but True and False."""
+    if not isinstance(value, bool):
+        raise AnybatchError(f"{what}: {name}={value!r}; give True or False")

@@ -1,0 +1,38 @@
+"""What an example run of the model found around a norm, in words that layers and configs understand."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+__all__ = ["Fed", "Surroundings"]
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A linear map that feeds a norm.
+
+    Args:
+        map: the module.
+        inside: the norm is a child of the map and runs inside the map's forward.
+    """
+
+    map: nn.Module
+    inside: bool = False
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where a norm stands in its model.
+
+    Args:
+        feeds: the maps whose output it normalises; none where it cannot follow one.
+        exclusive: no one but this norm uses what the maps give.
+        activation: the elementwise function that alone takes its output, as torch calls it ("relu", "silu", ...);
+            empty where there is none.
+        shortcut: it normalises the projection of a residual block's shortcut.
+    """
+
+    feeds: tuple[Fed, ...] = ()
+    exclusive: bool = True
+    activation: str = ""
+    shortcut: bool = False

@@ -1,0 +1,85 @@
+"""Tells the layers of a model when the optimizer has made a step."""
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import AnybatchError
+
+__all__ = ["Attached", "CountsSteps", "attach"]
+
+
+@runtime_checkable
+class CountsSteps(Protocol):
+    """A layer that gathers something between two steps of the optimizer."""
+
+    def attached(self, by: int) -> None:
+        """``by`` more optimizers (or fewer, if negative) will say when they step."""
+
+    def optimizer_stepped(self) -> None:
+        """The weights have moved: what was gathered belongs to the past."""
+
+
+class Attached:
+    """A model's layers attached to optimizers; :meth:`remove` ends it, also as a context manager's exit."""
+
+    def __init__(self, layers: Iterable[CountsSteps], handles: Iterable[RemovableHandle]) -> None:
+        self._layers, self._handles = [weakref.ref(layer) for layer in layers], list(handles)
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizers."""
+        for handle in self._handles:
+            handle.remove()
+        for layer in (ref() for ref in self._layers):
+            if layer is not None:
+                layer.attached(-len(self._handles))
+        self._handles = []
+
+    def __enter__(self) -> "Attached":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.remove()
+
+
+def attach(model: nn.Module, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> Attached:
+    """Let the model's layers know, by the optimizer's own hook, when it makes a step; once, before training.
+
+    Layers that need no such signal are none the worse for it. A step that a gradient scaler skips is no step.
+
+    Args:
+        model: converted; its layers at the time of the call.
+        optimizer: one or several, the one whose step ends an accumulated batch.
+
+    Returns:
+        A handle: ``remove()`` it, or use it in a ``with`` statement. It may be dropped.
+
+    Raises:
+        AnybatchError: ``optimizer`` is no torch optimizer.
+    """
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+    if (
+        not isinstance(optimizers, Sequence)
+        or not optimizers
+        or not all(isinstance(each, torch.optim.Optimizer) for each in optimizers)
+    ):
+        raise AnybatchError(
+            f"attach: the optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer, or several (of a "
+            "wrapper such as Accelerate's, its .optimizer)"
+        )
+    layers = [module for module in model.modules() if isinstance(module, CountsSteps)]
+    refs = [weakref.ref(layer) for layer in layers]
+
+    def stepped(*_: Any) -> None:
+        for layer in (ref() for ref in refs):
+            if layer is not None:
+                layer.optimizer_stepped()
+
+    handles = [each.register_step_post_hook(stepped) for each in optimizers]
+    for layer in layers:
+        layer.attached(len(handles))
+    return Attached(layers, handles)
