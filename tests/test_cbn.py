@@ -1,5 +1,6 @@
 """Cross-Iteration BatchNorm against its equations, and the laws that hold it."""
 
+import copy
 import itertools
 
 import hypothesis
@@ -470,3 +471,36 @@ def test_any_convolution_under_any_window(case: tuple[nn.Module, Tensor], data: 
     cotangent = torch.randn_like(out)
     for mine, theirs in zip(gradients(out, wanted, cotangent), gradients(expected, wanted, cotangent), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-8 * float(theirs.abs().max().clamp_min(1)))
+
+
+@every_map
+@pytest.mark.parametrize("options", [{"gradient": "history"}, {"gradient": "current"}, {"compensate": False}], ids=str)
+def test_groups_of_a_batch_are_batches_one_after_another(kind: str, options: dict) -> None:
+    """A batch of 5 in groups of 2 is three batches without a step between: outputs, gradients, statistics, history."""
+    module, shape = make(kind, torch.float64)
+    c = channels_of(module)
+    other = copy.deepcopy(module)
+    grouped = CrossIterationBatchNorm(
+        c, window=4, examples_per_group=2, average_reductions=0, dtype=torch.float64, **options
+    ).follows(module)
+    plain = CrossIterationBatchNorm(c, window=4, average_reductions=0, dtype=torch.float64, **options).follows(other)
+    for _ in range(3):
+        x = torch.randn(5, *shape, dtype=torch.float64)
+        g = torch.randn_like(module(x))
+        out = grouped(module(x))
+        out.backward(g)
+        for x_part, g_part, out_part in zip(x.split(2), g.split(2), out.split(2), strict=True):
+            theirs = plain(other(x_part))
+            theirs.backward(g_part)
+            torch.testing.assert_close(out_part, theirs, **ORACLE)
+        mine = [*module.parameters(), *grouped.parameters()]
+        for a, b in zip(mine, [*other.parameters(), *plain.parameters()], strict=True):
+            torch.testing.assert_close(a.grad, b.grad, **ORACLE)
+            with torch.no_grad():
+                a -= 0.01 * a.grad
+                b.copy_(a)
+        for a, b in zip(grouped.buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(a, b, **ORACLE)
+    for index, history in grouped.histories.items():
+        for key, value in history.state_dict().items():
+            torch.testing.assert_close(value, plain.histories[index].state_dict()[key], **ORACLE)

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,10 @@ TRAIN = [
     *["--out", "--method", "--batch", "--seed", "--data", "--train-images", "--test-images", "--image-size"],
     *["--epochs", "--network", "--lr", "--mode", "--device", "--resume"],
 ]
+BENCH = [
+    *["--method", "--network", "--image-size", "--batch", "--rounds", "--threads", "--device", "--format", "--out"],
+    "--quick",
+]
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -27,7 +32,10 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-@pytest.mark.parametrize(("command", "options"), [("compare", COMPARE), ("train", TRAIN), ("methods", [])])
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [("compare", COMPARE), ("train", TRAIN), ("bench", BENCH), ("weigh", ["checkpoint"]), ("methods", [])],
+)
 def test_options_are_frozen(command: str, options: list[str]) -> None:
     """A new option is a promise: it is added here on purpose."""
     parameters = get_command(app).commands[command].params
@@ -76,6 +84,9 @@ def test_methods_table() -> None:
         (["compare", "--network", "vgg"], "there is no network 'vgg'"),
         (["train", "--lr", "0"], "lr is 0.0"),
         (["train", "--resume"], "has no checkpoint to resume"),
+        (["bench", "--method", "cnb"], "unknown method 'cnb'; did you mean cbn"),
+        (["bench", "--rounds", "1"], "rounds is 1: give at least 2"),
+        (["bench", "--format", "nhwc"], "there is no format 'nhwc': choose contiguous or channels_last"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -123,3 +134,43 @@ def test_train_saves_and_resumes(tmp_path: Path) -> None:
 def test_quick_is_small() -> None:
     assert QUICK.seeds * (1 + len(QUICK.methods) * len(QUICK.batches)) == 7
     assert set(QUICK.methods) <= set(FULL.methods)
+
+
+def test_weigh_tunes_a_checkpoint(tmp_path: Path) -> None:
+    """Accuracies on either half by alpha, in the table and in weigh.json; alpha 0 is the model as trained."""
+    folder = tmp_path / "run"
+    images = ["--train-images", "320", "--test-images", "101"]
+    code, output = run("train", "--method", "bn", "--batch", "2", "--epochs", "1", *images, "--out", str(folder))
+    assert code == 0, output
+    trained = float(re.search(r"epoch 1: ([\d.]+) %", output)[1])
+    code, output = run("weigh", str(folder))
+    assert code == 0, output
+    found = json.loads((folder / "weigh.json").read_text())
+    both = (50 * found["validation"]["0.0"] + 51 * found["test"]["0.0"]) / 101
+    assert both == pytest.approx(trained, abs=0.01)
+    assert found["validation"][str(found["alpha"])] == max(found["validation"].values())
+    assert f"alpha {found['alpha']} is best" in output
+
+
+def test_weigh_without_a_checkpoint(tmp_path: Path) -> None:
+    code, output = run("weigh", str(tmp_path))
+    assert code == 2
+    assert "has no checkpoint" in output
+    (tmp_path / "config.json").write_text("{}")
+    code, output = run("weigh", str(tmp_path))
+    assert code == 2
+    assert "damaged" in output
+
+
+def test_bench_from_end_to_end(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--network", "small-resnet", "--quick", "--rounds", "2", "--batch", "2", "--method", "cbn"]
+    for times in (1, 2):  # earlier timings stay
+        code, output = run("bench", *options, "--image-size", "8", "--format", "channels_last", "--out", str(out))
+        assert code == 0, output
+        assert "CBN" in output
+        assert output.splitlines()[-1].startswith("To repeat: anybatch ")
+        lines = [json.loads(line) for line in (out / "bench.jsonl").read_text().splitlines()]
+        assert len(lines) == 3 * times
+    assert lines[-3]["config"]["format"] == "channels_last"
+    assert [(line["method"], len(line["ratios"])) for line in lines[-2:]] == [("bn", 2), ("cbn", 2)]

@@ -17,6 +17,7 @@ from anybatch.lab.config import RunConfig
 from anybatch.lab.display import Display
 from anybatch.lab.results import RUNS
 from anybatch.lab.workers import Event, Failed, Finished, Started, run_all
+from anybatch.methods import METHODS
 
 from .lab_fakes import image_folder
 
@@ -107,3 +108,11 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path, base: R
     assert "0 of 2 runs are finished and safe" in rest.replace("\n", " ")
     assert "To go on: anybatch compare --data" in rest
     assert "Traceback" not in rest
+
+
+def test_all_is_the_whole_table_as_fits_the_network() -> None:
+    base = RunConfig(epochs=1)
+    typed = [c.method for c in plan(base, ["all"], [2], 1)]
+    assert typed == ["bn", *(row.trial for row in METHODS.values())]
+    wide = [c.method for c in plan(replace(base, network="resnet18"), ["all", "cbn"], [2], 1)]
+    assert wide == ["bn", *METHODS]

@@ -130,6 +130,19 @@ def test_same_numbers_same_figure() -> None:
     assert plots.svg(plots.accuracy_figure(summary)) == plots.svg(plots.accuracy_figure(summary))
 
 
+def test_many_methods_get_a_panel_each() -> None:
+    """Each under its name, on shared scales; one that diverged everywhere has its panel too."""
+    methods = ["bn", "cbn", "gn", *(f"cbn(window={w})" for w in (2, 3, 4, 5, 6))]
+    runs = [lab_fakes.result("bn", 32, 0, 81.0)]
+    runs += [lab_fakes.result(m, b, 0, None if m == "gn" else 70.0 + b) for m in methods for b in (1, 4)]
+    summary = summarise(runs, methods)
+    for figure in (plots.accuracy_figure(summary), plots.curves_figure(summary, runs)):
+        shown = [axes for axes in figure.axes if axes.get_visible()]
+        assert [axes.get_title(loc="left").replace("\n", " ") for axes in shown] == [label(m) for m in methods]
+        assert len({axes.get_ylim() for axes in shown}) == 1
+        assert plots.png(figure).startswith(b"\x89PNG")
+
+
 def test_display_without_a_terminal_is_plain_lines() -> None:
     from anybatch.lab.display import Display
 

@@ -1,6 +1,5 @@
 """The table, the configs, and what they answer to a slip of the pen."""
 
-import dataclasses
 import inspect
 
 import pytest
@@ -13,17 +12,29 @@ from anybatch.nn import CrossIterationBatchNorm
 
 def test_public_names_are_a_decision() -> None:
     assert ab.__all__ == [
-        "BN", "CBN", "GN", "METHODS", "AnybatchError", "Report", "attach", "convert_", "fold", "history_state_dict",
-        "load_history_state_dict", "nn", "parse_method", "recalibrate_", "revert_",
+        "BGN", "BN", "CBN", "GN", "IEBN", "METHODS", "AccumulatedBN", "AnybatchError", "BatchGroupNorm",
+        "BatchRenorm", "ExampleWeighedBN", "GhostBN", "ProxyNorm", "Report", "attach", "convert_", "fold",
+        "history_state_dict", "load_history_state_dict", "nn", "param_groups", "parse_method", "recalibrate_",
+        "revert_", "tune_example_weight", "weigh_examples_",
     ]  # fmt: skip
-    assert ab.nn.__all__ == ["CrossIterationBatchNorm"]
-    assert list(ab.METHODS) == ["bn", "gn", "cbn", "cbn-naive", "cbn-paper"]
+    assert ab.nn.__all__ == [
+        "AccumulatedBatchNorm", "BatchAndGroupNorm", "BatchGroupNormalization", "BatchRenormalization",
+        "CrossIterationBatchNorm", "ExampleWeighedBatchNorm", "GhostBatchNorm", "InstanceEnhancementBatchNorm",
+        "InstanceEnhancementCrossIterationBatchNorm", "ProxyNormalization",
+    ]  # fmt: skip
+    assert list(ab.METHODS) == [
+        "bn", "gn", "cbn", "cbn-naive", "cbn-paper", "weighed", "ghost", "batch-group", "bgn", "iebn",
+        "iebn-cbn", "renorm", "accumulated", "proxynorm", "proxynorm-group",
+    ]  # fmt: skip
 
 
-def test_config_and_layer_have_the_same_options_and_defaults() -> None:
-    layer = inspect.signature(CrossIterationBatchNorm).parameters
-    for option in dataclasses.fields(ab.CBN):
-        assert layer[option.name].default == option.default, option.name
+@pytest.mark.parametrize("name", [name for name, row in ab.METHODS.items() if hasattr(row.config, "layer")])
+def test_config_and_layer_have_the_same_defaults(name: str) -> None:
+    """For every option that they share; a config may have some for the converter besides."""
+    config = type(ab.METHODS[name].config)()
+    layer = inspect.signature(config.layer).parameters
+    for option, value in config.options.items():
+        assert option not in layer or layer[option].default == value, option
 
 
 @pytest.mark.parametrize(

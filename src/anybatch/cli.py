@@ -94,8 +94,11 @@ def compare(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="As for train; repeat for several. A quoted fraction, as in \"cbn-paper(burn_in_steps='1/3')\", "
-            "is that share of the training forwards."
+            "--method",
+            "--methods",
+            help="As for train; repeat for several; 'all' for the whole table. "
+            "A quoted fraction, as in \"cbn-paper(burn_in_steps='1/3')\", "
+            "is that share of the training forwards.",
         ),
     ] = None,
     batch: Annotated[
@@ -179,6 +182,55 @@ def train(
         device=device,
     )
     terminal.train(config, out, resume, Console(highlight=False))
+
+
+@app.command()
+def weigh(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder of 'anybatch train'.")],
+) -> None:
+    """Tune example weighing for a trained network: alpha picked on half of the test images, judged on the rest."""
+    from anybatch.lab import terminal
+
+    terminal.weigh(checkpoint, Console(highlight=False))
+
+
+@app.command()
+def bench(
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", "--methods", help="As for train; repeat for several.", show_default="all"),
+    ] = None,
+    network: Network = "resnet18",
+    image_size: Annotated[int | None, typer.Option(help="Pixels a side.", show_default="64")] = None,
+    batch: Annotated[int, typer.Option(help="Images a step.")] = 4,
+    rounds: Annotated[int | None, typer.Option(help="Steps timed of every method.", show_default="15")] = None,
+    threads: Annotated[int, typer.Option(help="That the processor works with.")] = 1,
+    device: Device = "cpu",
+    format: Annotated[str, typer.Option(help="Of images and weights: 'contiguous' or 'channels_last'.")] = "contiguous",
+    out: Annotated[Path, typer.Option(help="Folder for bench.jsonl; earlier timings in it stay.")] = Path(
+        "results/bench"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="5 rounds on images of 32 pixels, for a first look.")] = False,
+) -> None:
+    """Time a training step with each method, against BatchNorm's, all in one process.
+
+    A method is timed only if its first steps agree with float64's.
+    """
+    from anybatch.lab import terminal
+    from anybatch.lab.bench import BenchConfig
+
+    config = BenchConfig(
+        methods=tuple(method or ["all"]),
+        network=network,
+        image_size=(32 if quick else 64) if image_size is None else image_size,
+        batch=batch,
+        rounds=(5 if quick else 15) if rounds is None else rounds,
+        threads=threads,
+        device=device,
+        format=format,
+    )
+    command = shlex.join(["anybatch", *sys.argv[1:]])
+    raise typer.Exit(terminal.bench(config, out, command, Console(highlight=False)))
 
 
 @app.command()

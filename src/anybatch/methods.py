@@ -14,9 +14,17 @@ from functools import partial
 from torch import nn
 
 from .errors import AnybatchError
+from .layers.accumulated import AccumulatedBN
+from .layers.batch_group import BatchGroupNorm
+from .layers.bgn import BGN
 from .layers.cbn import CBN
 from .layers.config import NormConfig
+from .layers.ghost import GhostBN
+from .layers.iebn import IEBN
+from .layers.proxy import ProxyNorm
+from .layers.renorm import BatchRenorm
 from .layers.torch_own import BN, GN
+from .layers.weighed import ExampleWeighedBN
 
 __all__ = ["METHODS", "Method", "parse_method"]
 
@@ -74,13 +82,21 @@ class Method:
 
 
 _ROWS = (
-    Method("bn", BN, "BatchNorm", "torch's BatchNorm: moments of the current batch", "Ioffe & Szegedy 2015"),
+    Method(
+        "bn",
+        BN,
+        "BatchNorm",
+        "torch's BatchNorm: moments of the current batch",
+        "Ioffe & Szegedy 2015",
+        page="torch",
+    ),
     Method(
         "gn",
         GN,
         "GroupNorm",
         "torch's GroupNorm: moments of channel groups of one example",
         "Wu & He 2018",
+        page="torch",
         trial="gn(groups=4)",
         per_example=True,
     ),
@@ -109,6 +125,86 @@ _ROWS = (
         "Yao et al. 2021",
         page="cbn",
         cost=4.0,
+    ),
+    Method(
+        "weighed",
+        ExampleWeighedBN,
+        "BatchNorm, examples weighed",
+        "BatchNorm; at inference an example's own moments are mixed into the running ones",
+        "Summers & Dinneen 2020",
+    ),
+    Method(
+        "ghost",
+        GhostBN,
+        "Ghost BN",
+        "moments of every few examples of the batch",
+        "Hoffer et al. 2017; Summers & Dinneen 2020",
+        trial="ghost(examples_per_group=2)",
+    ),
+    Method(
+        "batch-group",
+        BatchGroupNorm,
+        "Batch+group norm",
+        "moments of channel groups of a few examples",
+        "Summers & Dinneen 2020",
+        trial="batch-group(channel_groups=4)",
+    ),
+    Method(
+        "bgn",
+        BGN,
+        "BGN",
+        "moments of channel groups of the batch, the fewer the smaller it is",
+        "Zhou et al. 2020, and ours",
+    ),
+    Method(
+        "iebn",
+        IEBN,
+        "IEBN",
+        "BatchNorm with a gate on gamma for each example and channel",
+        "Liang et al. 2020",
+    ),
+    Method(
+        "iebn-cbn",
+        partial(IEBN, window=8),
+        "IEBN over CBN",
+        "CBN with a gate on gamma for each example and channel",
+        "Liang et al. 2020; Yao et al. 2021; and ours",
+        page="iebn",
+        cost=5.0,
+    ),
+    Method(
+        "renorm",
+        BatchRenorm,
+        "Batch Renorm",
+        "moments of the current batch, corrected within bounds towards the running ones",
+        "Ioffe 2017",
+    ),
+    Method(
+        "accumulated",
+        AccumulatedBN,
+        "Accumulated BN",
+        "moments of all micro-batches so far since the optimizer's step",
+        "Bochkovskiy et al. 2020 (CmBN), and ours",
+    ),
+    Method(
+        "proxynorm",
+        ProxyNorm,
+        "Proxy Norm (layer)",
+        "layer norm of one example, then the activation normalised by the moments of a proxy",
+        "Labatie et al. 2021",
+        per_example=True,
+        cost=3.0,
+    ),
+    Method(
+        "proxynorm-group",
+        partial(ProxyNorm, base="group"),
+        "Proxy Norm (group)",
+        "group norm of one example, then the activation normalised by the moments of a proxy",
+        "Labatie et al. 2021",
+        page="proxynorm",
+        trial="proxynorm-group(groups=4)",
+        per_example=True,
+        cost=3.0,
     ),
 )
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}

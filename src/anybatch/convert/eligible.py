@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import AnybatchError
 from ..layers.base import NormLayer
+from ..layers.fused import fused_class
 
 __all__ = ["Where", "batch_norms", "obstacle", "refuse_wrapped", "select"]
 
@@ -55,7 +56,7 @@ def obstacle(norm: _BatchNorm) -> str:
     if any(is_lazy(p) for p in [*norm.parameters(), *norm.buffers()]):
         return "lazy and not initialised: run one forward of the model first"
     own_forward = type(norm).forward is not _BatchNorm.forward or "forward" in vars(norm)
-    if own_forward and not isinstance(norm, NormLayer):
+    if own_forward and not isinstance(norm, NormLayer) and fused_class(norm) is None:
         return f"{type(norm).__name__} has a forward of its own, which would be lost"
     return ""
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 __all__ = ["Action", "Report", "Row"]
 
-Action = Literal["converted", "reverted", "left"]
+Action = Literal["converted", "reverted", "weighed", "left"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Report:
 
     @property
     def converted(self) -> list[Row]:
-        """The norms that were replaced (by ``convert_`` or ``revert_``), unpaired ones included."""
+        """The norms that were changed (by ``convert_``, ``revert_`` or ``weigh_examples_``), unpaired ones included."""
         return [row for row in self.rows if row.action != "left"]
 
     @property
@@ -61,7 +61,7 @@ class Report:
         lines = [head, *(_cells(row) for row in self.rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-        done = "reverted" if any(row.action == "reverted" for row in self.rows) else "converted"
+        done = next((row.action for row in self.converted), "converted")
         unpaired = f" ({len(self.unpaired)} without compensation)" if self.unpaired else ""
         summary = f"{len(self.rows)} norms: {len(self.converted)} {done}{unpaired}, {len(self.left)} left alone"
         return "\n".join([*(line.rstrip() for line in table), summary])

@@ -10,18 +10,14 @@ from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.linear_map import LinearMap
-from ..errors import AnybatchError
 from .closed_form import mismatch, unsteady
-from .snapshot import untouched
+from .snapshot import run_example, untouched
 
-__all__ = ["Call", "Ledger", "Trail", "Visit"]
+__all__ = ["MAP_FUNCTIONS", "READS", "Call", "Ledger", "Trail", "Visit", "first_tensor", "tensors_in"]
 
 # Functions that rearrange values without computing on them.
 _REARRANGES = {
@@ -35,9 +31,9 @@ _IDLE = {
     "requires_grad_",
 }
 # Functions that read values though no tensor comes back.
-_READS = {"item", "tolist", "numpy", "__array__", "__setitem__", "equal", "allclose"}
+READS = {"item", "tolist", "numpy", "__array__", "__setitem__", "equal", "allclose"}
 # Functions that are what a map's forward calls.
-_MAPS = {
+MAP_FUNCTIONS = {
     *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
     *("linear", "matmul", "__matmul__", "einsum"),
 }
@@ -105,13 +101,8 @@ class Ledger(TorchFunctionMode):
         Raises:
             AnybatchError: the model raises on these inputs, or has uninitialised lazy modules.
         """
-        if any(is_lazy(p) for p in [*self._model.parameters(), *self._model.buffers()]):
-            raise AnybatchError("the model has uninitialised lazy modules: run one forward of it first")
         with untouched(self._model), ExitStack() as hooks:
             self._unsteady = {module for module in self._maps if unsteady(module)}
-            for module in self._model.modules():
-                if isinstance(module, _BatchNorm):
-                    module.training = False  # a single value per channel must not raise
             for watched, starts, ends in (
                 (self._maps, self._map_starts, self._map_ends),
                 (self.visits, self._norm_starts, self._norm_ends),
@@ -119,20 +110,10 @@ class Ledger(TorchFunctionMode):
                 for module in watched:
                     hooks.callback(module.register_forward_pre_hook(starts, with_kwargs=True).remove)
                     hooks.callback(module.register_forward_hook(ends).remove)
-            for tensor in _tensors((args, kwargs)):
+            for tensor in tensors_in((args, kwargs)):
                 self._trails[tensor] = Trail("an input of the model")
-            try:
-                # One reading of a parametrized weight, so that the check sees the weight that made the output.
-                with self, parametrize.cached():
-                    output = self._model(*args, **kwargs)
-            except Exception as error:
-                mode = "training" if self._model.training else "evaluation"
-                raise AnybatchError(
-                    f"the example run of the model, in {mode} mode, raised {type(error).__name__}: {error}. "
-                    "example_inputs must be what the model's forward takes: a tensor, a tuple of arguments, a dict of "
-                    "keyword arguments, or (tuple, dict)"
-                ) from error
-            for tensor in _tensors(output):
+            output = run_example(self._model, self, args, kwargs)
+            for tensor in tensors_in(output):
                 if trail := self._trails.get(tensor):
                     trail.readers.append("the model's output")
 
@@ -145,14 +126,14 @@ class Ledger(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if not self._paused:
-            self._note(func, list(_tensors((args, kwargs or {}))), list(_tensors(result)))
+            self._note(func, list(tensors_in((args, kwargs or {}))), list(tensors_in(result)))
         return result
 
     def _note(self, func: Callable[..., Any], given: list[Tensor], made: list[Tensor]) -> None:
         name = getattr(func, "__name__", str(func))
         if name == "__get__":  # of a property such as y.T
             name = getattr(getattr(func, "__self__", None), "__name__", name)
-        if not made and name not in _READS:
+        if not made and name not in READS:
             return
         before, after = {id(t) for t in given}, {id(t) for t in made}
         for position, tensor in enumerate(given):
@@ -174,7 +155,7 @@ class Ledger(TorchFunctionMode):
 
     def _map_starts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.calls.append(Call(module))
-        self._running.append((self.calls[-1], _first(args, kwargs)))
+        self._running.append((self.calls[-1], first_tensor(args, kwargs)))
 
     def _map_ends(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call, x = self._running.pop()
@@ -190,7 +171,7 @@ class Ledger(TorchFunctionMode):
         trail.changed_by.clear()
 
     def _norm_starts(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        y = _first(args, kwargs)
+        y = first_tensor(args, kwargs)
         self._normalising.append(y)
         self._paused = True
         self.visits[norm].append(
@@ -230,27 +211,28 @@ class Ledger(TorchFunctionMode):
             origin = origin.source
         if origin is not None and origin.call is not None:
             return f"the output of '{self.names[origin.call.map]}' passes through {', '.join(reversed(hops))} before it"
-        functional = " (a function called on its own: no module to follow)" if trail.made_by in _MAPS else ""
+        functional = " (a function called on its own: no module to follow)" if trail.made_by in MAP_FUNCTIONS else ""
         return f"fed by no linear map: it normalises the result of {trail.made_by}{functional}".replace(
             "the result of an ", "an "
         )
 
 
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor a module is called on."""
     given = args[0] if args else kwargs.get("input")
     return given if isinstance(given, Tensor) else None
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors in nested containers and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, (list, tuple, set)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name))
+            yield from tensors_in(getattr(value, field.name))

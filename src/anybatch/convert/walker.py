@@ -15,6 +15,7 @@ from ..layers.config import NormConfig
 from ..layers.feed import FedLayer
 from ..layers.surroundings import Fed, Surroundings
 from .eligible import Where, batch_norms, refuse_wrapped, select
+from .flow import Flow
 from .pairing import Pairing, pair
 from .report import Report, Row
 
@@ -49,9 +50,9 @@ def convert_(
     Args:
         model: not yet wrapped (DistributedDataParallel, FSDP) or compiled.
         config: the method, such as ``ab.CBN(window=8)``.
-        example_inputs: what one forward of the model takes, to find the map that feeds each norm: a tensor, a tuple of
+        example_inputs: what one forward of the model takes, to see what stands around each norm: a tensor, a tuple of
             arguments, a dict of keyword arguments, or (tuple, dict). One example is enough. The model runs once,
-            without gradients, in the mode it is in, and is left as it was. Needed where ``config.needs_map``.
+            without gradients, in the mode it is in, and is left as it was. Needed where ``config.needs_example``.
         where: which norms: a function of (name, module), or glob patterns on names; all by default.
         optimizer: one or several that hold the model's parameters; parameters that the method adds join the group of
             the norm's weight.
@@ -77,16 +78,17 @@ def convert_(
             "one forward of the model takes: a tensor, a tuple of arguments, a dict, or (tuple, dict)"
         )
     pairings = pair(model, norms, example_inputs) if config.needs_map else {}
-    around = {name: _around(pairings.get(name)) for name in norms}
+    flow = Flow(model, norms.values(), example_inputs) if config.needs_flow else None
+    around = {name: _around(norm, pairings.get(name), flow) for name, norm in norms.items()}
     reasons |= {name: config.leaves(around[name]) for name in norms}
     norms = {name: norm for name, norm in norms.items() if not reasons[name]}
     layers = {name: _build(config, name, norm) for name, norm in norms.items()}
-    joining = {name: _newcomers(name, norm, layers[name], optimizer) for name, norm in norms.items()}
     with ExitStack() as undo:
         for name, layer in layers.items():
             if isinstance(layer, NormLayer):
                 undo.callback(_unfollow, layer)
                 layer.meet(around[name])
+        joining = {name: _newcomers(name, norm, layers[name], optimizer) for name, norm in norms.items()}
         undo.pop_all()
 
     _replace(model, {norm: layers[name] for name, norm in norms.items()})
@@ -173,10 +175,17 @@ def _build(config: NormConfig, name: str, norm: _BatchNorm) -> nn.Module:
         raise AnybatchError(f"convert_: '{name}': {error}") from error
 
 
-def _around(pairing: Pairing | None) -> Surroundings:
-    if pairing is None:
-        return Surroundings()
-    return Surroundings(tuple(Fed(feed.module, feed.inside) for feed in pairing.feeds), pairing.exclusive)
+def _around(norm: nn.Module, pairing: Pairing | None, flow: Flow | None) -> Surroundings:
+    around = Surroundings()
+    if pairing is not None:
+        around = replace(
+            around,
+            feeds=tuple(Fed(feed.module, feed.inside) for feed in pairing.feeds),
+            exclusive=pairing.exclusive,
+        )
+    if flow is not None:
+        around = replace(around, activation=flow.activation_of(norm), shortcut=flow.is_shortcut(norm))
+    return around
 
 
 def _unfollow(layer: nn.Module) -> None:
@@ -216,7 +225,7 @@ def _row(
     row = Row(name, type(norm).__name__, (norm.num_features,))
     if layer is norm:
         return replace(row, action="left", reason="it is what was asked for")
-    notes = []
+    notes = [layer.note] if isinstance(layer, NormLayer) else []
     group, added = joining
     if added and group is None:
         notes.append("its new parameters are in no optimizer group")

@@ -22,8 +22,8 @@ class Reductions(NamedTuple):
 
 
 def per_channel(v: Tensor, y: Tensor) -> Tensor:
-    """View a (C,) tensor so that it broadcasts over the channels of ``y``."""
-    return v.view(1, -1, *[1] * (y.dim() - 2))
+    """View a (C,) or (N, C) tensor so that it broadcasts over the positions of ``y``."""
+    return v.view(-1, v.shape[-1], *[1] * (y.dim() - 2))
 
 
 def scale_and_shift(

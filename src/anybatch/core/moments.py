@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "bessel", "channel_mean", "compute_dtype", "moments", "pool", "update_running_"]
+__all__ = ["Moments", "bessel", "channel_mean", "compute_dtype", "moments", "pool", "position_mean", "update_running_"]
 
 
 class Moments(NamedTuple):
@@ -45,11 +45,16 @@ def channel_mean(x: Tensor) -> Tensor:
     return x.mean(_all_but_channels(x))
 
 
+def position_mean(x: Tensor) -> Tensor:
+    """Mean of each example and channel of ``x`` (N, C, *), over * alone, in float32 or better: (N, C)."""
+    return x.to(compute_dtype(x.dtype)).flatten(2).mean(2) if x.dim() > 2 else x.to(compute_dtype(x.dtype))
+
+
 def _all_but_channels(x: Tensor) -> list[int]:
     return [d for d in range(x.dim()) if d != 1]
 
 
-def pool(means: Tensor, variances: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+def pool(means: Tensor, variances: Tensor, shares: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Moments of T batches taken together, from the moments of each; differentiable.
 
     mean = sum_t s_t mean_t,  var = sum_t s_t ( var_t + (mean_t - mean)^2 )
@@ -58,16 +63,21 @@ def pool(means: Tensor, variances: Tensor, shares: Tensor) -> tuple[Tensor, Tens
         means: (..., T).
         variances: (..., T), population.
         shares: (T,), not negative, of sum one; in proportion to the batches' counts they make this the moments of the
-            concatenation.
+            concatenation. None: 1 / T each.
     """
-    mean = (means * shares).sum(-1)
+
+    def together(values: Tensor) -> Tensor:
+        return values.mean(-1) if shares is None else (values * shares).sum(-1)
+
+    mean = together(means)
     spread = means - mean.unsqueeze(-1)
-    return mean, (torch.addcmul(variances, spread, spread) * shares).sum(-1)
+    return mean, together(torch.addcmul(variances, spread, spread))
 
 
-def bessel(var: Tensor, count: int) -> Tensor:
+def bessel(var: Tensor, count: int | Tensor) -> Tensor:
     """Population variance of ``count`` values to the Bessel-corrected one, as torch keeps it in running_var."""
-    return var * (count / max(count - 1, 1))
+    fewer = (count - 1).clamp_min(1) if isinstance(count, Tensor) else max(count - 1, 1)
+    return var * (count / fewer)
 
 
 def update_running_(

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from .affine import normalise, normalise_backward, through_moments
 from .moments import moments
 
-__all__ = ["measure", "normalise_by"]
+__all__ = ["measure", "normalise_by", "shaped_as"]
 
 
 def measure(y: Tensor, by_example: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,8 +59,8 @@ def _rows(y: Tensor, examples: int) -> Tensor:
     return y if examples == 1 else y.reshape(1, -1, *(y.shape[2:] or (1,)))
 
 
-def _like(out: Tensor, y: Tensor) -> Tensor:
-    """``out`` of :func:`_rows` in the shape and memory format of ``y``."""
+def shaped_as(out: Tensor, y: Tensor) -> Tensor:
+    """``out`` in the shape and memory format of ``y``, whose values it has in contiguous order if its shape differs."""
     if out.shape == y.shape:
         return out
     out = out.view(y.shape)
@@ -84,7 +84,7 @@ class _Measure(torch.autograd.Function):
         examples = len(mean)
         rows = _rows(y, examples)
         offset, slope = (by_mean / ctx.size).flatten(), (by_var * (2 / ctx.size)).flatten()
-        return _like(through_moments(_rows(g, examples), rows, mean.flatten(), slope, offset), y), None
+        return shaped_as(through_moments(_rows(g, examples), rows, mean.flatten(), slope, offset), y), None
 
 
 class _Normalise(torch.autograd.Function):
@@ -94,7 +94,7 @@ class _Normalise(torch.autograd.Function):
         ctx.save_for_backward(y, mean, var, weight)
         ctx.eps = eps
         rows = _rows(y, len(mean))
-        return _like(normalise(rows, mean.view(-1), var.view(-1), weight.view(-1), bias.view(-1), eps), y)
+        return shaped_as(normalise(rows, mean.view(-1), var.view(-1), weight.view(-1), bias.view(-1), eps), y)
 
     @staticmethod
     @once_differentiable
@@ -107,4 +107,4 @@ class _Normalise(torch.autograd.Function):
         by_bias, by_weight = (t.view_as(mean) for t in sums)
         inverse = torch.rsqrt(var + ctx.eps)
         a = weight * inverse
-        return _like(grad, y), -a * by_bias, -0.5 * a * inverse * by_weight, by_weight, by_bias, None
+        return shaped_as(grad, y), -a * by_bias, -0.5 * a * inverse * by_weight, by_weight, by_bias, None

@@ -20,6 +20,7 @@ from ..core.linear_map import LinearMap
 from ..errors import AnybatchError
 from ..layers.base import NormLayer
 from ..layers.feed import FedLayer
+from ..layers.fused import tail_of
 
 __all__ = ["fold", "fold_weights"]
 
@@ -95,7 +96,7 @@ def fold(model: nn.Module, example_inputs: Any = None, strict: bool = True) -> n
         if name in names:
             for fed_by in names[name]:
                 _fold_into(folded.get_submodule(fed_by), plain)
-            instead[norm] = nn.Identity().eval()
+            instead[norm] = tail_of(norm).eval()
         elif plain is not norm:
             instead[norm] = plain
     for old, new in instead.items():

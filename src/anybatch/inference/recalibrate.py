@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..core.moments import Moments, moments, pool
 from ..errors import AnybatchError
 from ..layers.base import NormLayer
+from .batches import examples_in, run_on
 
 __all__ = ["recalibrate_"]
 
@@ -56,8 +57,8 @@ def recalibrate_(
             if norm.running_mean is not None:
                 hooks.callback(norm.register_forward_pre_hook(_observer(seen), with_kwargs=True).remove)
         for batch in itertools.islice(loader, batches):
-            _run(model, batch, forward)
-            examples += next((len(t) for t in _tensors(batch) if t.dim()), 1)
+            run_on("recalibrate_", model, batch, forward)
+            examples += examples_in(batch)
         if not seen:
             what = "the loader gave no batch" if not examples else "the batches reached no BatchNorm"
             raise AnybatchError(f"recalibrate_: {what}; check the loader, and pass the model uncompiled")
@@ -119,27 +120,3 @@ def _evaluating(model: nn.Module, norms: Mapping[str, _BatchNorm]) -> Iterator[N
             module.training = training
         for norm, mean, var in saved:
             _write(norm, mean, var)
-
-
-def _run(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None) -> None:
-    if forward is not None:
-        forward(model, batch)
-        return
-    try:
-        if isinstance(batch, Mapping):
-            model(**batch)
-        else:
-            model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-    except Exception as error:
-        raise AnybatchError(
-            f"recalibrate_: the model raised {type(error).__name__}: {error}. If a batch is not what its forward "
-            "takes, say how to run it: forward=lambda model, batch: model(...)"
-        ) from error
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, (Mapping, tuple, list)):
-        for item in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(item)

@@ -8,7 +8,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
 from anybatch.lab import machine
@@ -17,7 +17,7 @@ from anybatch.lab.data import Dataset
 from anybatch.lab.files import write_atomically
 from anybatch.training import history_state_dict, load_history_state_dict
 
-__all__ = ["CONFIG", "MODEL", "TRAINING", "Counters", "load", "refuse_to_overwrite", "save"]
+__all__ = ["CONFIG", "MODEL", "TRAINING", "Counters", "load", "load_model", "refuse_to_overwrite", "save"]
 
 MODEL, TRAINING, CONFIG = "model.safetensors", "training.pt", "config.json"
 
@@ -85,6 +85,23 @@ def refuse_to_overwrite(folder: Path) -> None:
     """
     if (folder / TRAINING).exists():
         raise AnybatchError(f"{folder} holds a checkpoint: go on from it with --resume, or name another --out")
+
+
+def load_model(folder: Path) -> tuple[RunConfig, dict[str, Tensor], str]:
+    """The configuration, the model's state and the fingerprint of its data.
+
+    Raises:
+        AnybatchError: there is no checkpoint, or it is damaged.
+    """
+    try:
+        facts = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return RunConfig(**facts["config"]), safetensors.torch.load_file(folder / MODEL), facts["fingerprint"]
+    except FileNotFoundError as error:
+        raise AnybatchError(
+            f"{folder} has no checkpoint ({error.filename}): give an --out of anybatch train"
+        ) from error
+    except Exception as error:  # json, safetensors and RunConfig each have their own
+        raise AnybatchError(f"the checkpoint in {folder} is damaged ({error}): train anew") from error
 
 
 def load(

@@ -9,7 +9,7 @@ from anybatch.lab import machine
 from anybatch.lab.config import RunConfig
 from anybatch.lab.data import Dataset, load
 from anybatch.lab.display import Display
-from anybatch.lab.networks import check_network
+from anybatch.lab.networks import all_methods, check_network
 from anybatch.lab.results import Results
 from anybatch.lab.summary import REFERENCE, is_reference
 from anybatch.lab.training import RunResult, run_key
@@ -52,7 +52,8 @@ class Outcome:
 
 
 def plan(base: RunConfig, methods: Sequence[str], batches: Sequence[int], seeds: int) -> list[RunConfig]:
-    """The reference and every method at every batch size, for every seed; each run once."""
+    """The reference and every method at every batch size, for every seed; each run once. "all" is the whole table."""
+    methods = [m for given in methods for m in (all_methods(base.network) if given.strip() == "all" else (given,))]
     pairs = dict.fromkeys([(REFERENCE, base.gradient_batch), *((m, b) for m in methods for b in batches)])
     return [replace(base, method=m, batch=b, seed=seed) for m, b in pairs for seed in range(seeds)]
 

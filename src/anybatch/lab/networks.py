@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
+from anybatch.methods import METHODS
 
-__all__ = ["NETWORKS", "BasicBlock", "ResNet", "build", "check_network", "resnet18", "small_resnet"]
+__all__ = ["NETWORKS", "BasicBlock", "ResNet", "all_methods", "build", "check_network", "resnet18", "small_resnet"]
 
 
 class BasicBlock(nn.Module):
@@ -95,3 +97,11 @@ def build(name: str, classes: int, in_channels: int) -> ResNet:
     """
     check_network(name)
     return NETWORKS[name](classes, in_channels)
+
+
+def all_methods(name: str) -> tuple[str, ...]:
+    """Every method of the table, as typed, with options that fit the channels of the network called `name`."""
+    with torch.device("meta"):
+        norms = [module for module in build(name, 2, 1).modules() if isinstance(module, nn.BatchNorm2d)]
+    narrow = any(norm.num_features % 32 for norm in norms)
+    return tuple(row.trial if narrow else row.name for row in METHODS.values())

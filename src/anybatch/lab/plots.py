@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from anybatch.lab.summary import Row, Summary
+from anybatch.lab.panels import MANY, panels
+from anybatch.lab.summary import REFERENCE, Row, Summary
 from anybatch.lab.training import RunResult
 from anybatch.methods import METHODS
 
@@ -46,69 +47,74 @@ STYLE: Any = {
 
 
 def accuracy_figure(summary: Summary) -> Figure:
-    """Test accuracy against batch size, with 95 % intervals over seeds; the reference is dashed."""
+    """Test accuracy against batch size, with 95 % intervals over seeds; the reference is dashed.
+
+    Beyond a handful of methods each has a panel of its own, with BatchNorm's line in grey.
+    """
+    methods, colours = summary.methods, _colours(summary.methods)
+    rows = {method: _rows(summary, method) for method in methods}
+    title, xlabel = "Test accuracy, %", "images a normalization layer sees at once"
     with mpl.rc_context(STYLE):
+        if len(methods) > MANY:
+
+            def draw(axes: Axes, place: int) -> None:
+                _reference(axes, summary)
+                if REFERENCE in rows and methods[place] != REFERENCE:
+                    _line(axes, rows[REFERENCE], 1.0, MUTED, ".", faint=True)
+                _line(axes, rows[methods[place]], 1.0, *colours[methods[place]])
+                _scales(axes, summary)
+
+            names, inks = [rows[m][0].label for m in methods], [colours[m][0] for m in methods]
+            reference = summary.reference
+            at = f" (dashed: BatchNorm at batch {reference.batch}; grey: BatchNorm)" if reference else ""
+            return panels(names, inks, draw, title + at, xlabel, MUTED)
         figure = Figure(figsize=(6.6, 4.4), layout="constrained")
         axes = figure.add_subplot()
-        colours = _colours(summary.methods)
-        batches = sorted({row.batch for row in summary.rows if not row.is_reference})
-        names: list[tuple[float, str, str]] = []
-        for place, method in enumerate(summary.methods):
-            shift = 2 ** (0.04 * (place - (len(summary.methods) - 1) / 2))  # side by side, or intervals hide each other
-            rows = sorted((r for r in summary.rows if r.method == method and not r.is_reference), key=_batch)
-            if drawn := _line(axes, rows, shift, *colours[method]):
-                names.append((drawn, rows[0].label, colours[method][0]))
-        reference = summary.reference
-        if reference is not None and reference.accuracy is not None:
-            mean, half_width, _ = reference.accuracy
-            axes.axhline(mean, color=MUTED, linestyle=(0, (5, 3)), linewidth=1.4, zorder=1.5)
-            axes.axhspan(mean - (half_width or 0), mean + (half_width or 0), color=MUTED, alpha=0.12, linewidth=0)
-            names.append((mean, f"BatchNorm at {reference.batch}", MUTED))
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(batches, [str(batch) for batch in batches])
-        axes.minorticks_off()
-        if batches:
-            axes.set_xlim(batches[0] / 1.15, batches[-1] * 1.15)
-        low, high = axes.get_ylim()
-        axes.set_ylim(max(low, 0), min(high, 100.5))  # two seeds can give intervals that no accuracy reaches
-        axes.set_xlabel("images a normalization layer sees at once")
-        axes.set_title("Test accuracy, %", loc="left", fontsize=12, color=MUTED)
-        _name_lines(axes, names)
+        ends: list[tuple[float, str, str]] = []
+        for place, method in enumerate(methods):
+            shift = 2 ** (0.04 * (place - (len(methods) - 1) / 2))  # side by side, or intervals hide each other
+            if drawn := _line(axes, rows[method], shift, *colours[method]):
+                ends.append((drawn, rows[method][0].label, colours[method][0]))
+        if mean := _reference(axes, summary):
+            ends.append((mean, f"BatchNorm at {summary.reference.batch if summary.reference else ''}", MUTED))
+        _scales(axes, summary)
+        axes.set_xlabel(xlabel)
+        axes.set_title(title, loc="left", fontsize=12, color=MUTED)
+        _name_lines(axes, ends)
         return figure
 
 
 def curves_figure(summary: Summary, results: Iterable[RunResult]) -> Figure:
     """Training loss at the smallest batch size, mean over seeds, smoothed over 3 points; the reference is dashed."""
-    series: dict[tuple[str, bool], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for result in results:
-        config = result.config
-        is_reference = summary.reference is not None and (config.method, config.batch) == (
-            summary.reference.method,
-            summary.reference.batch,
-        )
-        if is_reference or config.batch == summary.smallest_batch:
-            for epochs, loss in result.train_loss:
-                series[config.method, is_reference][epochs].append(loss)
+    curves = _curves(summary, results)
+    colours = _colours(summary.methods)
+    dashed: Any = (0, (5, 3))
+    title = f"Training loss at batch {summary.smallest_batch}, mean over seeds"
     with mpl.rc_context(STYLE):
+        methods = [method for method in summary.methods if (method, False) in curves]
+        if len(methods) > MANY:
+
+            def draw(axes: Axes, place: int) -> None:
+                for (_, is_reference), (x, y) in curves.items():
+                    if is_reference:
+                        axes.plot(x, y, color=MUTED, linestyle=dashed, linewidth=1.2)
+                axes.plot(*curves[methods[place], False], color=colours[methods[place]][0], linewidth=1.8)
+
+            names = [_rows(summary, method)[0].label for method in methods]
+            return panels(names, [colours[m][0] for m in methods], draw, title, "epochs", MUTED)
         figure = Figure(figsize=(6.6, 3.9), layout="constrained")
         axes = figure.add_subplot()
-        colours = _colours(summary.methods)
-        names = []
-        for (method, is_reference), points in sorted(series.items(), key=lambda item: item[0][1]):
-            x = sorted(points)
-            y = _smooth([fmean(points[epochs]) for epochs in x])
+        ends = []
+        for (method, is_reference), (x, y) in sorted(curves.items(), key=lambda item: item[0][1]):
             row = next(r for r in summary.rows if r.method == method and r.is_reference == is_reference)
             colour = MUTED if is_reference else colours[method][0]
-            style: Any = (0, (5, 3)) if is_reference else "-"
-            axes.plot(x, y, color=colour, linestyle=style, linewidth=1.8)
-            names.append((y[-1], f"{row.label} at {row.batch}" if is_reference else row.label, colour))
+            axes.plot(x, y, color=colour, linestyle=dashed if is_reference else "-", linewidth=1.8)
+            ends.append((y[-1], f"{row.label} at {row.batch}" if is_reference else row.label, colour))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("epochs")
-        axes.set_title(
-            f"Training loss at batch {summary.smallest_batch}, mean over seeds", loc="left", fontsize=12, color=MUTED
-        )
+        axes.set_title(title, loc="left", fontsize=12, color=MUTED)
         axes.margins(x=0.01)
-        _name_lines(axes, names)
+        _name_lines(axes, ends)
         return figure
 
 
@@ -146,8 +152,28 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(re.sub(r"\(.*\)", lambda m: m[0].replace(" ", "\N{NO-BREAK SPACE}"), text), 17)
 
 
-def _batch(row: Row) -> int:
-    return row.batch
+def _rows(summary: Summary, method: str) -> list[Row]:
+    batches = {row.batch for row in summary.rows if not row.is_reference}
+    rows = [row for row in summary.rows if row.method == method and (not row.is_reference or row.batch in batches)]
+    return sorted(rows, key=lambda row: row.batch)
+
+
+def _curves(summary: Summary, results: Iterable[RunResult]) -> dict[tuple[str, bool], tuple[list[float], list[float]]]:
+    """Epochs and smoothed mean loss, by method and whether it is the reference."""
+    series: dict[tuple[str, bool], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        config = result.config
+        is_reference = summary.reference is not None and (config.method, config.batch) == (
+            summary.reference.method,
+            summary.reference.batch,
+        )
+        if is_reference or config.batch == summary.smallest_batch:
+            for epochs, loss in result.train_loss:
+                series[config.method, is_reference][epochs].append(loss)
+    return {
+        key: (sorted(points), _smooth([fmean(points[epochs]) for epochs in sorted(points)]))
+        for key, points in series.items()
+    }
 
 
 def _colours(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -158,10 +184,32 @@ def _colours(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
         free = [place for place in range(len(SERIES)) if place not in taken.values()]
         place = places.get(method.partition("(")[0], 0)
         taken[method] = place if place in free or not free else free[0]
-    return {method: (SERIES[place], MARKERS[place]) for method, place in taken.items()}
+    return {method: (SERIES[place], MARKERS[place % len(MARKERS)]) for method, place in taken.items()}
 
 
-def _line(axes: Axes, rows: Sequence[Row], shift: float, colour: str, marker: str) -> float | None:
+def _reference(axes: Axes, summary: Summary) -> float | None:
+    """Draws the reference as a dashed line with its interval, and says at which height."""
+    reference = summary.reference
+    if reference is None or reference.accuracy is None:
+        return None
+    mean, half_width, _ = reference.accuracy
+    axes.axhline(mean, color=MUTED, linestyle=(0, (5, 3)), linewidth=1.4, zorder=1.5)
+    axes.axhspan(mean - (half_width or 0), mean + (half_width or 0), color=MUTED, alpha=0.12, linewidth=0)
+    return mean
+
+
+def _scales(axes: Axes, summary: Summary) -> None:
+    batches = sorted({row.batch for row in summary.rows if not row.is_reference})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.minorticks_off()
+    if batches:
+        axes.set_xlim(batches[0] / 1.15, batches[-1] * 1.15)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0), min(high, 100.5))  # two seeds can give intervals that no accuracy reaches
+
+
+def _line(axes: Axes, rows: Sequence[Row], shift: float, colour: str, marker: str, faint: bool = False) -> float | None:
     """Draws one method and says at which height it ends, on the right."""
     points = [(row.batch, row.accuracy) for row in rows if row.accuracy is not None]
     if not points:
@@ -174,8 +222,8 @@ def _line(axes: Axes, rows: Sequence[Row], shift: float, colour: str, marker: st
         yerr=half_widths if any(half_widths) else None,
         color=colour,
         marker=marker,
-        markersize=6,
-        linewidth=2,
+        markersize=4 if faint else 6,
+        linewidth=1.2 if faint else 2,
         elinewidth=1.2,
         capsize=3,
     )

@@ -16,6 +16,7 @@ from ..core.affine import per_channel
 from ..core.moments import Moments, bessel, moments, pool, update_running_
 from ..core.step import measure, normalise_by
 from ..errors import AnybatchError
+from .fused import keep_tail
 from .options import check_number
 from .replay import Replay
 from .surroundings import Surroundings
@@ -64,11 +65,14 @@ class NormLayer(_BatchNorm):
     # Whether training has moments to normalise one value a channel by; else it is normalised by the running ones.
     takes_single_values: ClassVar[bool] = False
     # Whether evaluation can mix the example's own moments into the running ones.
-    can_weigh: ClassVar[bool] = True
+    can_weigh: bool = True
 
     dims: int = 0  # spatial dimensions an input must have; 0: the first one settles it
     alpha: float = 0.0  # the share of the example's own moments in evaluation
     options: dict[str, Any]
+    fused: type[_BatchNorm] | None = None  # the class that it replaces, if that calls an activation (layers/fused.py)
+    drop: nn.Module
+    act: nn.Module
 
     def __init__(
         self,
@@ -114,9 +118,10 @@ class NormLayer(_BatchNorm):
     def replacing(cls, bn: _BatchNorm, **options: Any) -> Self:
         """A layer in the place of ``bn``: the same Parameter and buffer objects, eps, momentum and mode."""
         layer = cls(bn.num_features, eps=bn.eps, momentum=bn.momentum, affine=False, device="meta", **options)
-        _take_over(bn, layer)
+        _take_over(bn.to_batchnorm() if isinstance(bn, NormLayer) else bn, layer)
         known = [d for d, torch_class in TORCH_BATCH_NORMS.items() if isinstance(bn, torch_class)]
         layer.dims = known[0] if known else getattr(bn, "dims", 0)
+        keep_tail(bn, layer)
         return layer
 
     def to_batchnorm(self) -> _BatchNorm:
@@ -127,10 +132,16 @@ class NormLayer(_BatchNorm):
         channel = self.channel_moments()
         if channel is not None:
             bn.running_mean, bn.running_var = channel
+        keep_tail(self, bn)
         return bn
 
     def meet(self, around: Surroundings) -> None:
         """Take note of where the converter found the norm to stand."""
+
+    @property
+    def note(self) -> str:
+        """What the converter's report says of the layer besides."""
+        return ""
 
     def normalise(self, y: Tensor) -> Tensor:
         """What training does with a batch that has values; running statistics included."""
@@ -147,7 +158,7 @@ class NormLayer(_BatchNorm):
         return self.running_mean, self.running_var
 
     def example_moments(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """An example's own moments, as weighed in evaluation, from those of its channels (N, C)."""
+        """An example's own moments (or a batch's, N = 1), as used in evaluation, from those of its channels (N, C)."""
         return mean, var
 
     @property
@@ -190,13 +201,13 @@ class NormLayer(_BatchNorm):
     def forward(self, y: Tensor) -> Tensor:
         """Normalise ``y`` (N, C, *); in training also take its moments into the running statistics."""
         self.check(y)
-        if not self.training:
-            return self.infer(y)
-        if y.numel() == 0:
-            return self.pass_empty(y)
-        if y.numel() == self.num_features and not self.takes_single_values and self.running_mean is not None:
-            return self.infer(y)  # one value a channel has no variance
-        return self.in_full_precision(y)
+        # One value a channel has no variance.
+        single = y.numel() == self.num_features and not self.takes_single_values and self.running_mean is not None
+        if not self.training or single:
+            out = self.infer(y)
+        else:
+            out = self.in_full_precision(y) if y.numel() else self.pass_empty(y)
+        return out if self.fused is None else self.act(self.drop(out))  # type: ignore[no-any-return]
 
     def in_full_precision(self, y: Tensor) -> Tensor:
         """:meth:`normalise` out of autocast's reach: statistics are float32 or better."""
@@ -206,26 +217,27 @@ class NormLayer(_BatchNorm):
     def infer(self, y: Tensor) -> Tensor:
         """Evaluation: by the running statistics, weighed with the example's own; by the batch's where none are kept."""
         channel = self.channel_moments()
-        if channel is None:
-            return F.batch_norm(y, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        if not self.alpha or y.numel() == 0:
+        if y.numel() == 0:
+            return self.pass_empty(y)
+        if channel is not None and not self.alpha:
             return F.batch_norm(y, *channel, self.weight, self.bias, False, 0.0, self.eps)
         with torch.autocast(y.device.type, enabled=False):
-            y, mean, var = measure(y, by_example=True)
-            return normalise_by(y, *self.weigh(mean, var), self.weight, self.bias, self.eps)
+            y, mean, var = measure(y, by_example=channel is not None)
+            own = self.example_moments(mean, var)
+            mean, var = own if channel is None else self.weigh(own, channel)
+            return normalise_by(y, mean, var, self.weight, self.bias, self.eps)
 
-    def weigh(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Moments of each example (N, C), pooled with the running ones by ``alpha``."""
-        channel, own = self.channel_moments(), self.example_moments(mean, var)
-        assert channel is not None
+    def weigh(self, own: tuple[Tensor, Tensor], channel: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Moments of each example (N, C), pooled with the running ones (C,) by ``alpha``."""
         means, variances = (torch.stack([b.to(a.dtype).expand_as(a), a], -1) for a, b in zip(own, channel, strict=True))
-        return pool(means, variances, mean.new_tensor([1 - self.alpha, self.alpha]))
+        return pool(means, variances, means.new_tensor([1 - self.alpha, self.alpha]))
 
     def pass_empty(self, y: Tensor) -> Tensor:
         """An empty batch through the affine part, so that every parameter still gets its (zero) gradient."""
-        if self.weight is not None:
-            y = y * per_channel(self.weight, y)
-        return y if self.bias is None else y + per_channel(self.bias, y)
+        out = y
+        for p in self._parameters.values():
+            out = out if p is None else out + per_channel(p, y)
+        return out.to(y.dtype)
 
     @torch.no_grad()
     def track_(
@@ -235,6 +247,7 @@ class NormLayer(_BatchNorm):
         ok: Tensor | None = None,
         total: bool = False,
         momentum_batch: int | None = None,
+        values: Tensor | None = None,
     ) -> None:
         """Take a batch's moments into the running statistics; a second run under a checkpoint takes nothing.
 
@@ -244,6 +257,7 @@ class NormLayer(_BatchNorm):
             ok: a bool on the device: False leaves everything as it is. By default whether the moments are finite.
             total: running_var is the total population variance; else torch's average of Bessel variances.
             momentum_batch: examples at which ``momentum`` is torch's; None: every forward counts the same.
+            values: a channel's, where only the device knows how many; by default ``now.size``.
         """
         if not self.track_running_stats or self.running_mean is None or Replay.is_second_run():
             return
@@ -258,7 +272,7 @@ class NormLayer(_BatchNorm):
             rate = moved * self.momentum
         else:
             rate = moved * (1 - (1 - self.momentum) ** min(1.0, examples / momentum_batch))
-        var = now.var if total else bessel(now.var, now.size)
+        var = now.var if total else bessel(now.var, now.size if values is None else values)
         mean, var = torch.where(ok, now.mean, 0.0), torch.where(ok, var, 0.0)
         update_running_(self.running_mean, self.running_var, mean, var, rate, total=total)
 

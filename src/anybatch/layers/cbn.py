@@ -21,7 +21,6 @@ gradient flows through the history (``gradient``), earlier layers get the averag
 (``pooling``), and the running statistics' momentum counts examples (``momentum_batch``) and gives the total variance.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -29,21 +28,19 @@ import torch
 from torch import Tensor
 
 from ..core.affine import Reductions, per_channel
-from ..core.linear_map import LinearMap
-from ..core.moments import channel_mean, compute_dtype, moments, pool
+from ..core.moments import channel_mean, moments, pool
 from ..core.pooled import Batch, Pooled, normalise_pooled, spread
 from ..core.taylor import carry, history_gradient, mean_response, variance_response
-from ..errors import AnybatchError
 from .base import NormLayer
 from .config import NormConfig
-from .feed import FedLayer, Feed, eager
-from .history import History
+from .feed import Feed, eager
+from .history import History, HistoryLayer
 from .options import check_choice, check_flag, check_whole
 
 __all__ = ["CBN", "CrossIterationBatchNorm"]
 
 
-class CrossIterationBatchNorm(FedLayer):
+class CrossIterationBatchNorm(HistoryLayer):
     """Normalises (N, C, *) per channel by moments pooled over the last ``window`` batches, carried to today's weights.
 
     out = gamma * (y - mu_bar) / sqrt(var_bar + eps) + beta, the equations at the top of this file.
@@ -84,9 +81,7 @@ class CrossIterationBatchNorm(FedLayer):
     """
 
     takes_single_values = True  # the window's
-    window: int
     gradient: str
-    compensate: bool
     pooling: str
     average_reductions: int
     burn_in_steps: int
@@ -134,8 +129,6 @@ class CrossIterationBatchNorm(FedLayer):
         # A window of one batch is torch's BatchNorm, its momentum and running variance included.
         self.momentum_batch = momentum_batch if window > 1 else None
         self.torch_running = running == "torch" or window == 1
-        # One history a followed map (-1: none): the entries of one map say nothing about another's.
-        self.histories: dict[int, History] = {}
 
     @classmethod
     def check_options(cls, **options: Any) -> None:
@@ -155,62 +148,23 @@ class CrossIterationBatchNorm(FedLayer):
         for name in ("momentum_batch", "examples_per_group"):
             check_whole("CBN", name, options[name], none=True)
 
-    @property
-    def _compensates(self) -> bool:
-        return self.compensate and self.window > 1
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles start without history: it is training state, see :func:`anybatch.history_state_dict`."""
-        return {**super().__getstate__(), "histories": {}, "_stash": None}
-
-    def history_state(self) -> dict[str, Any]:
-        """Copies of the histories' tensors, by the index of the followed map (-1: none)."""
-        return {str(index): history.state_dict() for index, history in self.histories.items()}
-
-    def read_history_state(self, state: Mapping[str, Any], where: str) -> dict[int, History]:
-        """The histories in what :meth:`history_state` gave, checked against this layer; assign them to ``histories``.
-
-        Raises:
-            AnybatchError: tensors are missing or of another shape, or it is the history of a map the layer has not.
-        """
-        allowed = range(len(self._links)) if self._links else (-1,)
-        histories = {}
-        for key, saved in state.items() if isinstance(state, Mapping) else ():
-            if key not in map(str, allowed):
-                raise AnybatchError(
-                    f"history of {where}: saved for map {key!r} of the norm, which has {len(self._links)}; convert the "
-                    "model as it was converted when the state was saved"
-                )
-            histories[int(key)] = self._fresh(int(key)).take(saved, where)
-        return histories
-
-    def _fresh(self, index: int) -> History:
-        """An empty history for a map (-1: none), on the layer's device."""
-        device = next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
-        if index < 0 or not self._compensates:
-            return History(
-                self.window, torch.zeros(self.num_features, 0, device=device), torch.zeros(1, 0, device=device)
-            )
-        module = self._links[index].map
-        geometry = LinearMap.of(module)
-        assert geometry is not None  # follows() has seen to it
-        rows = geometry.rows(module.weight.detach())  # type: ignore[operator]
-        rows = rows.to(device, compute_dtype(rows.dtype))
-        return History(self.window, rows, rows[: geometry.groups])
-
     in_full_precision = eager(NormLayer.in_full_precision)
 
     def normalise(self, y: Tensor) -> Tensor:
         """By the pooled moments; the batch's own go into the history and the running statistics."""
+        return self.standardise(y, self.weight, self.bias)
+
+    def standardise(self, y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """:meth:`normalise` with other affine parameters than the layer's."""
         index, feed = self.take_feed(y)
         size = self.examples_per_group or len(y)
-        if len(y) <= size:
-            return self._normalise(y, index, feed)
-        starts = range(0, len(y), size)
-        feeds = [feed and feed._replace(x=feed.x[start : start + size]) for start in starts]
-        return torch.cat([self._normalise(part, index, f) for part, f in zip(torch.split(y, size), feeds, strict=True)])
+        parts = [
+            self._part(part, index, feed and feed._replace(x=feed.x[i * size : (i + 1) * size]), weight, bias)
+            for i, part in enumerate(torch.split(y, size) if len(y) > size else [y])
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _normalise(self, y: Tensor, index: int, feed: Feed | None) -> Tensor:
+    def _part(self, y: Tensor, index: int, feed: Feed | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         batch = self._measure(y.detach(), feed)
         history = self._history_of(index, batch)
         pooled = self._replay.recall(batch.now.mean, index) if self._replay.is_second_run() else None
@@ -226,12 +180,12 @@ class CrossIterationBatchNorm(FedLayer):
             replay.backward_begins()
             return history.average_(sums, m, over) if over else None
 
-        return normalise_pooled(y, self.weight, self.bias, self.eps, batch, pooled, on_backward)
+        return normalise_pooled(y, weight, bias, self.eps, batch, pooled, on_backward)
 
     def _measure(self, y: Tensor, feed: Feed | None) -> Batch:
         now = moments(y)
         dtype, channels = now.mean.dtype, self.num_features
-        if feed is None or not self._compensates:
+        if feed is None or not self.compensates:
             return Batch(
                 now, now.mean.new_zeros(channels, 0), None, now.mean.new_zeros(1, 0), now.mean.new_zeros(channels, 0)
             )

@@ -43,9 +43,14 @@ class NormConfig(ABC):
         return False
 
     @property
+    def needs_flow(self) -> bool:
+        """Whether the layer has to know what follows the norm: its activation, or a residual sum."""
+        return False
+
+    @property
     def needs_example(self) -> bool:
         """Whether the converter has to run the model once, to see what stands around its norms."""
-        return self.needs_map
+        return self.needs_map or self.needs_flow
 
     def leaves(self, around: Surroundings) -> str:
         """Why a norm that stands like this is left alone; empty when it is converted."""

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..core.linear_map import MAPS, LinearMap
+from ..core.tensors import version
 from ..errors import AnybatchError
 from .base import NormLayer
 from .surroundings import Surroundings
@@ -122,12 +123,12 @@ class FedLayer(NormLayer):
         """
         if not self._links:
             return -1, None
-        feed, version = self._stash, 0
+        feed, now = self._stash, 0
         if feed is None:
-            feed, version = _tag_of(y), _version(y)
+            feed, now = _tag_of(y), version(y)
         for i, link in enumerate(self._links):
             if feed is not None and link.map is feed.map:
-                if feed.version != version or y.dim() != feed.weight.dim():
+                if feed.version != now or y.dim() != feed.weight.dim():
                     break
                 return i, feed
         followed = " or ".join(str(link.map) for link in self._links)
@@ -161,11 +162,7 @@ def _feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], vers
 
 @eager
 def _tag(output: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    setattr(output, _TAG, _feed(module, args, kwargs, _version(output)))
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    setattr(output, _TAG, _feed(module, args, kwargs, version(output)))
 
 
 def _tag_of(y: Tensor) -> Feed | None:

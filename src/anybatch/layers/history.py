@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from ..core.affine import Reductions
-from ..core.moments import Moments
+from ..core.linear_map import LinearMap
+from ..core.moments import Moments, compute_dtype
 from ..core.taylor import Entries
 from ..errors import AnybatchError
+from .feed import FedLayer
 
-__all__ = ["History"]
+__all__ = ["History", "HistoryLayer"]
 
 _FIELDS = ("count", "scalars", "patch", "covariance", "slot", "forwards", "reductions", "backwards")
 
@@ -106,3 +108,59 @@ class History:
         if not 0 <= int(self.slot) < len(self.count):
             raise AnybatchError(f"history of {where}: slot {int(self.slot)} of {len(self.count)}; save it anew")
         return self
+
+
+class HistoryLayer(FedLayer):
+    """A norm layer that keeps the last ``window`` batches, one history a followed map."""
+
+    window: int
+    compensate: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # By the index of the followed map (-1: none): the entries of one map say nothing about another's.
+        self.histories: dict[int, History] = {}
+
+    @property
+    def compensates(self) -> bool:
+        """Whether past moments are carried over to today's weights."""
+        return self.compensate and self.window > 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles start without history: it is training state, see :func:`anybatch.history_state_dict`."""
+        return {**super().__getstate__(), "histories": {}, "_stash": None}
+
+    def history_state(self) -> dict[str, Any]:
+        """Copies of the histories' tensors, by the index of the followed map (-1: none)."""
+        return {str(index): history.state_dict() for index, history in self.histories.items()}
+
+    def read_history_state(self, state: Mapping[str, Any], where: str) -> dict[int, History]:
+        """The histories in what :meth:`history_state` gave, checked against this layer; assign them to ``histories``.
+
+        Raises:
+            AnybatchError: tensors are missing or of another shape, or it is the history of a map the layer has not.
+        """
+        allowed = range(len(self._links)) if self._links else (-1,)
+        histories = {}
+        for key, saved in state.items() if isinstance(state, Mapping) else ():
+            if key not in map(str, allowed):
+                raise AnybatchError(
+                    f"history of {where}: saved for map {key!r} of the norm, which has {len(self._links)}; convert the "
+                    "model as it was converted when the state was saved"
+                )
+            histories[int(key)] = self._fresh(int(key)).take(saved, where)
+        return histories
+
+    def _fresh(self, index: int) -> History:
+        """An empty history for a map (-1: none), on the layer's device."""
+        device = next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
+        if index < 0 or not self.compensates:
+            return History(
+                self.window, torch.zeros(self.num_features, 0, device=device), torch.zeros(1, 0, device=device)
+            )
+        module = self._links[index].map
+        geometry = LinearMap.of(module)
+        assert geometry is not None  # follows() has seen to it
+        rows = geometry.rows(module.weight.detach())  # type: ignore[operator]
+        rows = rows.to(device, compute_dtype(rows.dtype))
+        return History(self.window, rows, rows[: geometry.groups])

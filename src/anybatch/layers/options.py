@@ -4,7 +4,7 @@ from typing import Any
 
 from ..errors import AnybatchError
 
-__all__ = ["check_choice", "check_flag", "check_number", "check_whole"]
+__all__ = ["check_choice", "check_divides", "check_flag", "check_number", "check_whole"]
 
 
 def check_whole(what: str, name: str, value: Any, least: int = 1, none: bool = False) -> None:
@@ -34,3 +34,10 @@ def check_flag(what: str, name: str, value: Any) -> None:
     """Refuse all but True and False."""
     if not isinstance(value, bool):
         raise AnybatchError(f"{what}: {name}={value!r}; give True or False")
+
+
+def check_divides(what: str, name: str, value: int, channels: int) -> None:
+    """Refuse all but divisors of ``channels``."""
+    if channels % value:
+        divisors = ", ".join(str(d) for d in range(1, channels + 1) if channels % d == 0)
+        raise AnybatchError(f"{what}: {name}={value} does not divide {channels} channels; choose one of {divisors}")

@@ -4,7 +4,16 @@ from dataclasses import dataclass
 
 from torch import nn
 
-__all__ = ["Fed", "Surroundings"]
+__all__ = ["ACTIVATIONS", "Fed", "Surroundings"]
+
+# Elementwise functions of one tensor, perhaps with a parameter a channel, by their names in torch.
+ACTIVATIONS = frozenset(
+    {
+        *("relu", "relu6", "hardtanh", "threshold", "clamp", "clamp_min", "leaky_relu", "prelu", "elu", "celu", "selu"),
+        *("gelu", "silu", "mish", "hardswish", "sigmoid", "hardsigmoid", "log_sigmoid", "tanh", "softplus"),
+        *("softsign", "hardshrink", "softshrink", "tanhshrink"),
+    }
+)
 
 
 @dataclass(frozen=True)

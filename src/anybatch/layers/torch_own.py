@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .base import NormLayer
 from .config import NormConfig
+from .fused import keep_tail
 from .options import check_whole
 
 __all__ = ["BN", "GN"]
@@ -44,4 +45,5 @@ class GN(NormConfig):
         layer = nn.GroupNorm(math.gcd(self.groups, channels), channels, bn.eps, affine=False)
         layer.affine = bn.affine
         layer.weight, layer.bias = bn.weight, bn.bias
+        keep_tail(bn, layer)
         return layer.train(bn.training)

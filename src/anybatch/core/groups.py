@@ -1,0 +1,51 @@
+"""Moments of groups of examples and of channels, from the moments of each example and channel.
+
+Small differentiable functions between ``measure`` and ``normalise_by`` (core/step.py): one pass over the input serves
+any grouping. Every part of a group has as many values as the others, so the shares are equal.
+"""
+
+import torch
+from torch import Tensor
+
+from .moments import pool
+
+__all__ = ["pool_batch", "pool_channels", "pool_examples", "pool_runs"]
+
+
+def pool_runs(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Moments (..., C), pooled within ``groups`` runs of C / ``groups`` consecutive channels: (..., groups)."""
+    if groups == mean.shape[-1]:
+        return mean, var
+    return pool(*(t.reshape(*t.shape[:-1], groups, -1) for t in (mean, var)))
+
+
+def pool_channels(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Moments (..., C), each channel's replaced by those of its group of C / ``groups`` consecutive channels."""
+    size = mean.shape[-1] // groups
+    mean, var = pool_runs(mean, var, groups)
+    return mean.repeat_interleave(size, -1), var.repeat_interleave(size, -1)
+
+
+def pool_examples(mean: Tensor, var: Tensor, per_group: int) -> tuple[Tensor, Tensor]:
+    """Moments (N, C), each example's replaced by those of its group of ``per_group`` consecutive examples.
+
+    There are ceil(N / per_group) groups. Where N does not divide they are as equal as can be, the larger ones first.
+    """
+    examples = len(mean)
+    groups = -(-examples // per_group)
+    larger = examples % groups
+    if larger:
+        cut = larger * (examples // groups + 1)
+        first = pool_examples(mean[:cut], var[:cut], examples // groups + 1)
+        rest = pool_examples(mean[cut:], var[cut:], examples // groups)
+        return torch.cat([first[0], rest[0]]), torch.cat([first[1], rest[1]])
+    size = examples // groups
+    if size == 1:
+        return mean, var
+    mean, var = pool(*(t.view(groups, size, -1).transpose(1, 2) for t in (mean, var)))
+    return mean.repeat_interleave(size, 0), var.repeat_interleave(size, 0)
+
+
+def pool_batch(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments (N, C) of examples, pooled: (C,), those of the whole batch."""
+    return pool(mean.T, var.T)

@@ -1,0 +1,21 @@
+"""What torch knows of a tensor or a function and does not say in one word."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["function_name", "version"]
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; one made in inference mode does not count, and gives 0."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def function_name(func: Callable[..., Any]) -> str:
+    """What torch calls a function, whether it is one of torch, a method, in place or a property's reading."""
+    name = str(getattr(func, "__name__", func))
+    if name == "__get__":  # of a property such as y.T
+        name = str(getattr(getattr(func, "__self__", None), "__name__", name))
+    return name.strip("_")

@@ -1,0 +1,100 @@
+"""How a layer gets behind the activation that follows it, without any change to the model's code.
+
+The layer hands out its output as a tensor of a private subclass. It looks like any other until the activation is called
+on it, as a function, method or module, in place or not; then the layer says what comes out. Any other computation on it
+is refused: the layer would be left half done.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..core.tensors import function_name, version
+from ..errors import AnybatchError
+from .feed import eager
+
+__all__ = ["Activates", "Activation", "await_activation"]
+
+# Functions that give a tensor to look at, without a gradient.
+_LOOKS = {"detach", "data", "grad"}
+
+
+class Activation(NamedTuple):
+    """An elementwise function as the model called it."""
+
+    func: Callable[..., Tensor]
+    args: tuple[Any, ...]  # those after the input
+    kwargs: dict[str, Any]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The same function of ``x``, its parameters in the dtype of ``x``."""
+
+        def fit(t: Tensor) -> Tensor:
+            return t.to(x.dtype) if t.is_floating_point() else t
+
+        args, kwargs = tree_map_only(Tensor, fit, (self.args, self.kwargs))
+        return self.func(x, *args, **kwargs)
+
+
+class Activates(Protocol):
+    """A layer that goes on behind its activation."""
+
+    activation: str
+
+    def activated(self, out: Tensor, activation: Activation) -> Tensor:
+        """What shall come out where the activation of the layer's output is ``out``."""
+
+
+@eager
+def await_activation(u: Tensor, layer: Activates) -> Tensor:
+    """``u`` itself, to be given to the activation of ``layer``; no one else may have it yet."""
+    out = cast("_Awaiting", u)
+    out.__class__ = _Awaiting  # as_subclass would make a view, which a checkpoint does not let be changed in place
+    out.layer = layer
+    return out
+
+
+class _Awaiting(Tensor):
+    """The output of a layer until the activation is called on it."""
+
+    layer: Activates
+    done: Tensor | None = None  # what came out of an activation in place: from then on this tensor means that
+
+    @classmethod
+    @eager
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The layer's word where ``func`` is the activation, torch's where it computes nothing, else an error."""
+        waiting: list[_Awaiting] = []
+
+        def settle(u: _Awaiting) -> Tensor:
+            if u.done is None:
+                waiting.append(u)
+            return u if u.done is None else u.done
+
+        args, kwargs = tree_map_only(cls, settle, (tuple(args), dict(kwargs or {})))
+        if not waiting:
+            return func(*args, **kwargs)
+        u, name = waiting[0], function_name(func)
+        if "input" in kwargs:
+            args = (kwargs.pop("input"), *args)
+        with torch._C.DisableTorchFunctionSubclass():
+            before = version(u)
+            result = func(*args, **kwargs)
+            if name == u.layer.activation and args[0] is u:
+                out = u.layer.activated(result.as_subclass(Tensor), Activation(func, tuple(args[1:]), kwargs))
+                u.done = out if result is u else None
+                return out
+            if name == "view_as":  # of a full backward hook on the norm
+                return await_activation(result, u.layer)
+            idle = result is u and version(u) == before  # dropout in evaluation, contiguous
+            if idle or name in _LOOKS or not any(isinstance(t, Tensor) for t in tree_leaves(result)):
+                return result
+        raise AnybatchError(
+            f"{type(u.layer).__name__}: its output was to go to {u.layer.activation} and is given to {name}. Convert "
+            "the model again with example inputs that show how it runs now; look at the output through .detach()"
+        )
