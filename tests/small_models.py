@@ -24,6 +24,24 @@ class Block(nn.Module):
         return F.relu(y)
 
 
+class BatchNormAct2d(nn.BatchNorm2d):
+    """As timm has it: the activation, and a dropout that mostly is none, inside of the norm."""
+
+    def __init__(self, num_features: int, act: nn.Module | None = None, drop: nn.Module | None = None) -> None:
+        super().__init__(num_features)
+        self.drop = nn.Identity() if drop is None else drop
+        self.act = nn.ReLU(inplace=True) if act is None else act
+
+    def forward(self, x: Tensor) -> Tensor:
+        training = self.training or self.running_mean is None
+        if self.training and self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+        x = F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, training, self.momentum, self.eps
+        )
+        return self.act(self.drop(x))
+
+
 class ResNet(nn.Module):
     """Every norm fed by one map, with an auxiliary head in training only."""
 

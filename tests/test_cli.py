@@ -15,11 +15,11 @@ from .lab_fakes import image_folder
 
 COMPARE = [
     *["--method", "--batch", "--seeds", "--data", "--train-images", "--test-images", "--image-size", "--epochs"],
-    *["--network", "--lr", "--mode", "--device", "--jobs", "--out", "--quick"],
+    *["--network", "--lr", "--mode", "--device", "--norm-weight-decay", "--jobs", "--out", "--quick"],
 ]
 TRAIN = [
     *["--out", "--method", "--batch", "--seed", "--data", "--train-images", "--test-images", "--image-size"],
-    *["--epochs", "--network", "--lr", "--mode", "--device", "--resume"],
+    *["--epochs", "--network", "--lr", "--mode", "--device", "--norm-weight-decay", "--resume"],
 ]
 BENCH = [
     *["--method", "--network", "--image-size", "--batch", "--rounds", "--threads", "--device", "--format", "--out"],

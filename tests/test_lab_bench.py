@@ -93,6 +93,11 @@ def test_what_is_refused_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         bench(SMALL)
 
 
+def test_one_value_a_channel_is_too_few_for_the_reference() -> None:
+    with pytest.raises(AnybatchError, match="BatchNorm itself does not pass: Expected more than 1 value"):
+        bench(replace(SMALL, network="resnet18", batch=1))
+
+
 def test_saving_adds_and_never_loses(tmp_path: Path) -> None:
     timings = [Timing("bn", "BN()", (0.1, 0.2), (1.0, 1.0)), Timing("gn", "GN(groups=32)", refused="wrong")]
     path = save(tmp_path / "new", SMALL, timings, "anybatch bench")

@@ -185,3 +185,14 @@ def test_a_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(AnybatchError, match=r"holds a checkpoint.*--resume"):
         train_run(replace(CONFIG, epochs=1), DATA, checkpoint=tmp_path)
     assert (tmp_path / "training.pt").read_bytes() == kept
+
+
+def test_norm_weight_decay_reaches_the_optimizer_and_the_key() -> None:
+    """Decay strong enough to be seen in the outcome; keys of runs without it stay as they were."""
+    strong = replace(CONFIG, weight_decay=0.3, epochs=1)
+    results = [train_run(c, DATA) for c in (strong, replace(strong, norm_weight_decay=0.3))]
+    assert outcome(results[0]) != outcome(results[1])
+    assert results[0].key != results[1].key
+    assert "norm_weight_decay" not in strong.facts()
+    with pytest.raises(AnybatchError, match="norm_weight_decay is -1: give a number of at least 0"):
+        replace(CONFIG, norm_weight_decay=-1)

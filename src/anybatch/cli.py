@@ -69,6 +69,12 @@ GradientMode = Annotated[
     Mode,
     typer.Option(help="Below batch 32: accumulate gradients to 32 images, or step every time at lr * batch / 32."),
 ]
+NormWeightDecay = Annotated[
+    float | None,
+    typer.Option(
+        help="Decay gamma towards 1 and beta towards 0 at this rate.", show_default="towards 0, as all parameters"
+    ),
+]
 Device = Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:1', ...")]
 
 
@@ -114,6 +120,7 @@ def compare(
     lr: LearningRate = 0.1,
     mode: GradientMode = Mode.accumulate,
     device: Device = "cpu",
+    norm_weight_decay: NormWeightDecay = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time.", show_default="one a core")] = None,
     out: Annotated[Path, typer.Option(help="Folder for runs, figures and report.")] = Path("results/compare"),
     quick: Annotated[bool, typer.Option("--quick", help="Few runs on few images: minutes, for a first look.")] = False,
@@ -138,6 +145,7 @@ def compare(
         lr=lr,
         mode=mode.value,
         device=device,
+        norm_weight_decay=norm_weight_decay,
     )
     configs = lab.plan(base, method or preset.methods, batch or preset.batches, seeds or preset.seeds)
     command = shlex.join(["anybatch", *sys.argv[1:]])
@@ -161,6 +169,7 @@ def train(
     lr: LearningRate = 0.1,
     mode: GradientMode = Mode.accumulate,
     device: Device = "cpu",
+    norm_weight_decay: NormWeightDecay = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from --out, exactly as if never stopped.")] = False,
 ) -> None:
     """Train one network with one method; saves a checkpoint after every epoch."""
@@ -180,6 +189,7 @@ def train(
         lr=lr,
         mode=mode.value,
         device=device,
+        norm_weight_decay=norm_weight_decay,
     )
     terminal.train(config, out, resume, Console(highlight=False))
 

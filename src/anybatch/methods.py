@@ -193,7 +193,7 @@ _ROWS = (
         "layer norm of one example, then the activation normalised by the moments of a proxy",
         "Labatie et al. 2021",
         per_example=True,
-        cost=3.0,
+        cost=5.0,
     ),
     Method(
         "proxynorm-group",
@@ -204,7 +204,7 @@ _ROWS = (
         page="proxynorm",
         trial="proxynorm-group(groups=4)",
         per_example=True,
-        cost=3.0,
+        cost=5.0,
     ),
 )
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}

@@ -63,7 +63,7 @@ def shaped_as(out: Tensor, y: Tensor) -> Tensor:
     """``out`` in the shape and memory format of ``y``, whose values it has in contiguous order if its shape differs."""
     if out.shape == y.shape:
         return out
-    out = out.view(y.shape)
+    out = torch.ops.aten._unsafe_view(out, y.shape)  # a view made in a Function may not be changed in place later
     return out if y.is_contiguous() else torch.empty_like(y).copy_(out)
 
 

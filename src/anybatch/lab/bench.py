@@ -34,7 +34,7 @@ TIMINGS = "bench.jsonl"
 CLASSES, CHANNELS, LR = 10, 3, 1e-3
 WARM_UP = 3
 # The gate: steps compared, so that what a method remembers of one is used in the next; and how far float32 may be off.
-# Rounding alone is some 1e-6 of a gradient; a ReLU that it turns on or off was up to 2e-2 of one (one image of 32 pixels).
+# Rounding alone is some 1e-6 of a gradient; with a ReLU that it turns on or off, up to 2e-2 (one image of 32 pixels).
 GATE_STEPS = 2
 LOSS_WITHIN, GRADIENT_WITHIN = 1e-3, 5e-2
 
@@ -188,7 +188,7 @@ def _bench(config: BenchConfig, norms: dict[str, str], progress: Callable[[int, 
         try:
             steps = Steps(_model(config, method, batches), batches)
             refused[method] = disagreement(steps)
-        except AnybatchError as error:
+        except (AnybatchError, ValueError) as error:  # torch's: a single value per channel
             refused[method] = str(error)
         if not refused[method]:
             timed[method] = steps

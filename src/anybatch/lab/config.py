@@ -1,8 +1,8 @@
 """What a run depends on."""
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from anybatch.errors import AnybatchError
 from anybatch.layers.config import NormConfig
@@ -22,6 +22,7 @@ class RunConfig:
         train_images: only the first so many; None is all. Likewise `test_images`.
         lr: for a gradient batch of 32; falls to 0 along a cosine over the run.
         gradient_batch: images per update in mode "accumulate".
+        norm_weight_decay: of gamma towards 1 and beta towards 0; None decays them towards 0 as every parameter.
     """
 
     method: str = "cbn"
@@ -39,6 +40,7 @@ class RunConfig:
     gradient_batch: int = 32
     mode: Literal["accumulate", "step"] = "accumulate"
     device: str = "cpu"
+    norm_weight_decay: float | None = None
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.gradient_batch % self.batch:
@@ -51,8 +53,15 @@ class RunConfig:
             raise AnybatchError(f"epochs is {self.epochs}: give at least 1")
         if not self.lr > 0:
             raise AnybatchError(f"lr is {self.lr}: give a number above 0")
+        if self.norm_weight_decay is not None and not self.norm_weight_decay >= 0:
+            raise AnybatchError(f"norm_weight_decay is {self.norm_weight_decay}: give a number of at least 0")
         if self.mode not in ("accumulate", "step"):
             raise AnybatchError(f"there is no mode '{self.mode}': choose accumulate or step")
+
+    def facts(self) -> dict[str, Any]:
+        """The fields that name a run: options that came later count only where they are used."""
+        later = {"norm_weight_decay": None}
+        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
     def updates(self, train_images: int) -> int:
         """Gradient batches per epoch; the last, partial one is dropped."""

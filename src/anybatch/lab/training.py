@@ -25,7 +25,7 @@ from anybatch.lab import checkpoint as checkpoints
 from anybatch.lab import machine, networks
 from anybatch.lab.config import RunConfig
 from anybatch.lab.data import Dataset
-from anybatch.training import attach
+from anybatch.training import attach, param_groups
 
 __all__ = ["Progress", "RunConfig", "RunResult", "build_model", "evaluate", "run_key", "train_run"]
 
@@ -75,7 +75,7 @@ class RunResult:
 
 def run_key(config: RunConfig, dataset: Dataset) -> str:
     """Sixteen hexadecimal digits that name a run: configuration, what its method resolves to, and the data."""
-    facts = [asdict(config), repr(config.norm(len(dataset.train_images))), dataset.fingerprint]
+    facts = [config.facts(), repr(config.norm(len(dataset.train_images))), dataset.fingerprint]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -122,9 +122,7 @@ def train_run(
     window = max(1, updates // CURVE_POINTS)
 
     model = build_model(config, dataset)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=peak_lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
+    optimizer = torch.optim.SGD(_groups(model, config), lr=peak_lr, momentum=config.momentum)
     attach(model, optimizer)
     order = torch.Generator().manual_seed(config.seed)
     done = checkpoints.Counters()
@@ -210,6 +208,12 @@ def evaluate(
         loss += float(F.cross_entropy(logits, y, reduction="sum"))
     mean_loss = loss / len(labels)
     return round(100 * correct / len(labels), 4), round(mean_loss, 5) if math.isfinite(mean_loss) else None
+
+
+def _groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+    if config.norm_weight_decay is None:
+        return [{"params": list(model.parameters()), "weight_decay": config.weight_decay}]
+    return param_groups(model, config.weight_decay, config.norm_weight_decay)
 
 
 def _step(optimizer: torch.optim.Optimizer, peak_lr: float, done: checkpoints.Counters, steps: int) -> None:

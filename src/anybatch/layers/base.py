@@ -207,7 +207,7 @@ class NormLayer(_BatchNorm):
             out = self.infer(y)
         else:
             out = self.in_full_precision(y) if y.numel() else self.pass_empty(y)
-        return out if self.fused is None else self.act(self.drop(out))  # type: ignore[no-any-return]
+        return out if self.fused is None else self.act(self.drop(out))
 
     def in_full_precision(self, y: Tensor) -> Tensor:
         """:meth:`normalise` out of autocast's reach: statistics are float32 or better."""

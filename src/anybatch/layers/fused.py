@@ -7,7 +7,7 @@ What replaces such a norm keeps both children under their names and calls them i
 
 import re
 from collections import OrderedDict
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -26,7 +26,7 @@ def fused_class(norm: nn.Module) -> type[_BatchNorm] | None:
         return replaced
     named = isinstance(norm, _BatchNorm) and re.fullmatch(r".+Act([123]d)?", kind.__name__)
     whole = list(norm._modules) == ["drop", "act"] and None not in norm._modules.values()
-    return kind if named and whole and kind.forward is not _BatchNorm.forward else None
+    return cast("type[_BatchNorm]", kind) if named and whole and kind.forward is not _BatchNorm.forward else None
 
 
 def tail_of(norm: nn.Module) -> nn.Module:

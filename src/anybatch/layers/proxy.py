@@ -22,7 +22,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..core.moments import compute_dtype, pool
 from ..core.quadrature import QUADRATURES, standard_normal
@@ -209,12 +208,13 @@ class ProxyNormalization(NormLayer):
     def _remembered(self, activation: Activation, dims: int) -> tuple[Tensor, Tensor]:
         """:meth:`proxy_moments`, in evaluation without gradients once until a parameter or the activation changes."""
         func, args, kwargs = activation
-        used = [func, dims, torch.is_inference_mode_enabled(), *args, *kwargs.items(), *self._parameters.values()]
-        tensors = [t for t in tree_leaves(used) if isinstance(t, Tensor)]
+        called = [func, dims, torch.is_inference_mode_enabled(), *args, *kwargs, *kwargs.values()]
+        used = [*called, *self._parameters.values()]
+        tensors = [t for t in used if isinstance(t, Tensor)]
         # Tensors made in inference mode do not tell when they are changed.
         if self.training or torch.is_grad_enabled() or any(t.is_inference() for t in tensors):
             return self.proxy_moments(activation, dims)
-        key = [*tree_leaves(used), *map(version, tensors)]
+        key = [*used, *map(version, tensors)]
         if self._cache is None or not _same(self._cache[0], key):
             self._cache = key, self.proxy_moments(activation, dims)
         return self._cache[1]
@@ -223,9 +223,12 @@ class ProxyNormalization(NormLayer):
         """Mean and variance (C,) of act(gamma P + beta), laid out as an input of the layer with ``dims`` dimensions."""
         dtype = compute_dtype(self.proxy_weight.dtype)
         nodes, shares = standard_normal(self.quadrature, self.points, dtype, self.proxy_weight.device)
-        p = nodes[:, None] * (1 + self.proxy_weight.to(dtype)) + self.proxy_bias.to(dtype)
-        p = p if self.weight is None else p * self.weight.to(dtype)
-        p = p if self.bias is None else p + self.bias.to(dtype)
+        scale, shift = 1 + self.proxy_weight.to(dtype), self.proxy_bias.to(dtype)
+        if self.weight is not None:
+            scale, shift = scale * self.weight.to(dtype), shift * self.weight.to(dtype)
+        if self.bias is not None:
+            shift = shift + self.bias.to(dtype)
+        p = torch.addcmul(shift, nodes[:, None], scale)
         values = activation(p.view(len(nodes), -1, *[1] * (dims - 2))).flatten(1).t()
         return pool(values, values.new_zeros(()), shares)
 
