@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import anybatch as ab
 from anybatch.convert import convert_, revert_
 from anybatch.errors import AnybatchError
 from anybatch.layers.base import NormLayer
@@ -269,3 +270,18 @@ def test_reverting_in_part_and_in_vain() -> None:
     assert [row.name for row in report.converted] == ["bn"]
     with pytest.raises(AnybatchError, match=r"the model itself is the norm.*to_batchnorm"):
         revert_(CrossIterationBatchNorm(4))
+
+
+def test_parameters_that_go_are_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    ab.convert_(model, ab.IEBN(shortcuts="converted"))
+    report = ab.convert_(model, ab.GhostBN())
+    assert report.rows[0].reason == "its gate_weight and gate_bias went"
+
+
+def test_new_parameters_do_not_decay_as_gamma_does() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    optimizer = torch.optim.SGD(ab.param_groups(model, 0.1, 0.1), lr=0.1)
+    with pytest.raises(ab.AnybatchError, match="convert first, then call param_groups"):
+        ab.convert_(model, ab.IEBN(shortcuts="converted"), optimizer=optimizer)
+    assert type(model[1]) is nn.BatchNorm2d

@@ -23,8 +23,8 @@ def test_public_names_are_a_decision() -> None:
         "InstanceEnhancementCrossIterationBatchNorm", "ProxyNormalization",
     ]  # fmt: skip
     assert list(ab.METHODS) == [
-        "bn", "gn", "cbn", "cbn-naive", "cbn-paper", "weighed", "ghost", "batch-group", "bgn", "iebn",
-        "iebn-cbn", "renorm", "accumulated", "proxynorm", "proxynorm-group",
+        "bn", "gn", "cbn", "cbn-naive", "cbn-paper", "accumulated", "renorm", "bgn", "ghost",
+        "batch-group", "iebn", "iebn-cbn", "proxynorm", "proxynorm-group", "weighed",
     ]  # fmt: skip
 
 

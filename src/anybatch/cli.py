@@ -249,11 +249,12 @@ def methods() -> None:
     from anybatch.methods import METHODS
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for column in ("Method", "What it does", "Folds", "Map", "Alone", "Source"):
+    for column in ("Method", "What it does", "Folds", "Map", "Alone"):
         table.add_column(column)
     for row in METHODS.values():
         flags = ("yes" if flag else "–" for flag in (row.foldable, row.needs_map, row.per_example))
-        table.add_row(f"[bold]{escape(row.name)}[/]", escape(row.summary), *flags, escape(row.source))
+        what = f"{escape(row.summary)} [dim]({escape(row.source)})[/]"
+        table.add_row(f"[bold]{escape(row.name)}[/]", what, *flags)
     console = Console(highlight=False)
     console.print(table)
     console.print(

@@ -127,11 +127,25 @@ _ROWS = (
         cost=4.0,
     ),
     Method(
-        "weighed",
-        ExampleWeighedBN,
-        "BatchNorm, examples weighed",
-        "BatchNorm; at inference an example's own moments are mixed into the running ones",
-        "Summers & Dinneen 2020",
+        "accumulated",
+        AccumulatedBN,
+        "Accumulated BN",
+        "moments of all micro-batches so far since the optimizer's step",
+        "Bochkovskiy et al. 2020 (CmBN), and ours",
+    ),
+    Method(
+        "renorm",
+        BatchRenorm,
+        "Batch Renorm",
+        "moments of the current batch, corrected within bounds towards the running ones",
+        "Ioffe 2017",
+    ),
+    Method(
+        "bgn",
+        BGN,
+        "BGN",
+        "moments of channel groups of the batch, the fewer the smaller it is",
+        "Zhou et al. 2020, and ours",
     ),
     Method(
         "ghost",
@@ -150,13 +164,6 @@ _ROWS = (
         trial="batch-group(channel_groups=4)",
     ),
     Method(
-        "bgn",
-        BGN,
-        "BGN",
-        "moments of channel groups of the batch, the fewer the smaller it is",
-        "Zhou et al. 2020, and ours",
-    ),
-    Method(
         "iebn",
         IEBN,
         "IEBN",
@@ -171,20 +178,6 @@ _ROWS = (
         "Liang et al. 2020; Yao et al. 2021; and ours",
         page="iebn",
         cost=5.0,
-    ),
-    Method(
-        "renorm",
-        BatchRenorm,
-        "Batch Renorm",
-        "moments of the current batch, corrected within bounds towards the running ones",
-        "Ioffe 2017",
-    ),
-    Method(
-        "accumulated",
-        AccumulatedBN,
-        "Accumulated BN",
-        "moments of all micro-batches so far since the optimizer's step",
-        "Bochkovskiy et al. 2020 (CmBN), and ours",
     ),
     Method(
         "proxynorm",
@@ -205,6 +198,13 @@ _ROWS = (
         trial="proxynorm-group(groups=4)",
         per_example=True,
         cost=5.0,
+    ),
+    Method(
+        "weighed",
+        ExampleWeighedBN,
+        "BatchNorm, examples weighed",
+        "BatchNorm; at inference an example's own moments are mixed into the running ones",
+        "Summers & Dinneen 2020",
     ),
 )
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}

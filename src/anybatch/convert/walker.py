@@ -199,7 +199,7 @@ def _newcomers(
     """The parameters that the layer has and the norm had not, and the optimizer group they shall join.
 
     Raises:
-        AnybatchError: an optimizer holds a parameter of the norm that the layer has not.
+        AnybatchError: an optimizer holds a parameter of the norm that the layer has not, or decays its gamma to 1.
     """
     old, new = list(norm.parameters()), list(layer.parameters())
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer or [])
@@ -212,7 +212,13 @@ def _newcomers(
         )
     homes = [group for group in groups if any(p is q for p in old for q in group["params"])]
     known = {id(p) for p in old}
-    return homes[0] if homes else None, [p for p in new if id(p) not in known]
+    added = [p for p in new if id(p) not in known]
+    if added and homes and homes[0].get("decays_to"):
+        raise AnybatchError(
+            f"convert_: the new parameters of '{name}' are not to decay as its gamma does; convert first, then call "
+            "param_groups and build the optimizer"
+        )
+    return homes[0] if homes else None, added
 
 
 def _row(
@@ -226,6 +232,9 @@ def _row(
     if layer is norm:
         return replace(row, action="left", reason="it is what was asked for")
     notes = [layer.note] if isinstance(layer, NormLayer) else []
+    kept = {id(p) for p in layer.parameters()}
+    if dropped := [key for key, p in norm.named_parameters(recurse=False) if id(p) not in kept]:
+        notes.append(f"its {' and '.join(dropped)} went")
     group, added = joining
     if added and group is None:
         notes.append("its new parameters are in no optimizer group")
