@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .moments import pool
 
-__all__ = ["pool_batch", "pool_channels", "pool_examples", "pool_runs"]
+__all__ = ["pool_batch", "pool_channels", "pool_examples", "pool_runs", "spread_over"]
 
 
 def pool_runs(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -19,11 +19,16 @@ def pool_runs(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return pool(*(t.reshape(*t.shape[:-1], groups, -1) for t in (mean, var)))
 
 
+def spread_over(t: Tensor, size: int) -> Tensor:
+    """(..., G) with every entry ``size`` times in a row: (..., G * size)."""
+    return t.unsqueeze(-1).expand(*t.shape, size).flatten(-2)
+
+
 def pool_channels(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Moments (..., C), each channel's replaced by those of its group of C / ``groups`` consecutive channels."""
     size = mean.shape[-1] // groups
     mean, var = pool_runs(mean, var, groups)
-    return mean.repeat_interleave(size, -1), var.repeat_interleave(size, -1)
+    return spread_over(mean, size), spread_over(var, size)
 
 
 def pool_examples(mean: Tensor, var: Tensor, per_group: int) -> tuple[Tensor, Tensor]:
@@ -43,9 +48,10 @@ def pool_examples(mean: Tensor, var: Tensor, per_group: int) -> tuple[Tensor, Te
     if size == 1:
         return mean, var
     mean, var = pool(*(t.view(groups, size, -1).transpose(1, 2) for t in (mean, var)))
-    return mean.repeat_interleave(size, 0), var.repeat_interleave(size, 0)
+    shape = groups, size, mean.shape[1]
+    return mean.unsqueeze(1).expand(shape).flatten(0, 1), var.unsqueeze(1).expand(shape).flatten(0, 1)
 
 
 def pool_batch(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     """Moments (N, C) of examples, pooled: (C,), those of the whole batch."""
-    return pool(mean.T, var.T)
+    return (mean[0], var[0]) if len(mean) == 1 else pool(mean.T, var.T)

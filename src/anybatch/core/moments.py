@@ -87,6 +87,7 @@ def update_running_(
     var: Tensor,
     rate: Tensor | float,
     total: bool = True,
+    ok: Tensor | None = None,
 ) -> None:
     """Move running moments towards a batch's, in place.
 
@@ -100,12 +101,15 @@ def update_running_(
         running_var: (C,), changed in place.
         mean: the batch's, (C,).
         var: the batch's, (C,).
-        rate: torch's momentum, the weight of the new batch, in [0, 1]. A rate of 0 must come with finite moments.
+        rate: torch's momentum, the weight of the new batch, in [0, 1].
         total: whether the spread between batches counts.
+        ok: a bool on the device: False leaves the running moments as they are, whatever the batch's.
     """
-    d = mean - running_mean
-    change = var - running_var
+    if ok is not None:
+        mean, var = torch.where(ok, mean, running_mean), torch.where(ok, var, running_var)
     if total:
-        change = change + (1 - rate) * d.square()
-    running_mean.add_(rate * d)
-    running_var.add_(rate * change)
+        d = mean - running_mean
+        var = torch.addcmul(var, d, d * (1 - rate))
+    for running, new in ((running_mean, mean), (running_var, var)):
+        step = rate.to(running.dtype) if isinstance(rate, Tensor) else rate
+        running.lerp_(new.to(running.dtype), step)

@@ -46,10 +46,6 @@ def normalise_by(
         bias: likewise; None for zeros.
         eps: inside the square root.
     """
-    weight = mean.new_ones(()) if weight is None else weight.to(mean.dtype)
-    bias = mean.new_zeros(()) if bias is None else bias.to(mean.dtype)
-    shape = torch.broadcast_shapes(*(t.shape for t in (mean, var, weight, bias)))  # type: ignore[no-untyped-call]
-    mean, var, weight, bias = (t.expand(shape) for t in (mean, var, weight, bias))
     out: Tensor = _Normalise.apply(y, mean, var, weight, bias, eps)  # type: ignore[no-untyped-call]
     return out
 
@@ -89,22 +85,42 @@ class _Measure(torch.autograd.Function):
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        mean, var, weight, bias = (t.contiguous() for t in (mean, var, weight, bias))
-        ctx.save_for_backward(y, mean, var, weight)
-        ctx.eps = eps
-        rows = _rows(y, len(mean))
-        return shaped_as(normalise(rows, mean.view(-1), var.view(-1), weight.view(-1), bias.view(-1), eps), y)
+    def forward(
+        ctx: Any, y: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        given = (mean, var, weight, bias)
+        examples = max(len(t) if t is not None and t.dim() == 2 else 1 for t in given)
+        flat = [None if t is None else _flat(t, examples).to(mean.dtype) for t in given]
+        ctx.save_for_backward(y, *flat[:3])
+        ctx.shapes, ctx.examples, ctx.eps = [None if t is None else t.shape for t in given], examples, eps
+        return shaped_as(normalise(_rows(y, examples), *flat, eps), y)  # type: ignore[arg-type, call-arg]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         y, mean, var, weight = ctx.saved_tensors
-        examples = len(mean)
-        grad, sums = normalise_backward(
-            _rows(g, examples), _rows(y, examples), mean.view(-1), var.view(-1), weight.view(-1), ctx.eps
+        grad, sums = normalise_backward(_rows(g, ctx.examples), _rows(y, ctx.examples), mean, var, weight, ctx.eps)
+        by_mean = by_var = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            inverse = torch.rsqrt(var + ctx.eps)
+            a = inverse if weight is None else weight * inverse
+            by_mean, by_var = -a * sums.g, a.mul_(inverse).mul_(sums.g_y_hat).mul_(-0.5)
+        grads = (by_mean, by_var, sums.g_y_hat, sums.g)
+        wanted = zip(grads, ctx.shapes, ctx.needs_input_grad[1:5], strict=True)
+        return (
+            shaped_as(grad, y),
+            *(_folded(t, shape, ctx.examples) if need else None for t, shape, need in wanted),
+            None,
         )
-        by_bias, by_weight = (t.view_as(mean) for t in sums)
-        inverse = torch.rsqrt(var + ctx.eps)
-        a = weight * inverse
-        return shaped_as(grad, y), -a * by_bias, -0.5 * a * inverse * by_weight, by_weight, by_bias, None
+
+
+def _flat(t: Tensor, examples: int) -> Tensor:
+    """(C,) or (E, C) as the rows of ``examples`` examples: (examples * C,), contiguous as torch's kernels need it."""
+    return (t if examples == 1 else t.expand(examples, t.shape[-1])).reshape(-1).contiguous()
+
+
+def _folded(grad: Tensor | None, shape: torch.Size | None, examples: int) -> Tensor | None:
+    """The gradient of what :func:`_flat` was given."""
+    if grad is None or shape is None or grad.numel() == shape.numel():
+        return grad if grad is None or shape is None else grad.view(shape)
+    return grad.view(examples, -1).sum(0).view(shape)

@@ -211,6 +211,8 @@ class NormLayer(_BatchNorm):
 
     def in_full_precision(self, y: Tensor) -> Tensor:
         """:meth:`normalise` out of autocast's reach: statistics are float32 or better."""
+        if not torch.is_autocast_enabled(y.device.type):
+            return self.normalise(y)
         with torch.autocast(y.device.type, enabled=False):
             return self.normalise(y)
 
@@ -265,16 +267,15 @@ class NormLayer(_BatchNorm):
         assert self.num_batches_tracked is not None
         ok = torch.isfinite((now.mean + now.var).sum()) if ok is None else ok
         self.num_batches_tracked.add_(ok)
-        moved = ok.to(now.mean.dtype)
+        rate: Tensor | float
         if self.momentum is None:
-            rate = moved / self.num_batches_tracked.clamp_min(1)
+            rate = 1 / self.num_batches_tracked.clamp_min(1)
         elif momentum_batch is None:
-            rate = moved * self.momentum
+            rate = self.momentum
         else:
-            rate = moved * (1 - (1 - self.momentum) ** min(1.0, examples / momentum_batch))
+            rate = 1 - (1 - self.momentum) ** min(1.0, examples / momentum_batch)
         var = now.var if total else bessel(now.var, now.size if values is None else values)
-        mean, var = torch.where(ok, now.mean, 0.0), torch.where(ok, var, 0.0)
-        update_running_(self.running_mean, self.running_var, mean, var, rate, total=total)
+        update_running_(self.running_mean, self.running_var, now.mean, var, rate, total, ok)
 
     def extra_repr(self) -> str:
         """The constructor's arguments, so that repr(layer) evaluates to an equal layer."""

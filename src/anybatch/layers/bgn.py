@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core.groups import pool_channels, pool_runs
+from ..core.groups import pool_channels, pool_runs, spread_over
 from ..core.moments import Moments
 from ..core.step import measure, normalise_by, shaped_as
 from ..errors import AnybatchError
@@ -191,7 +191,7 @@ class BatchGroupNormalization(NormLayer):
     def _by(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         """What :meth:`_cut` gave, normalised by the moments (1, G) of its groups."""
         run = x.shape[1] // mean.shape[1]
-        mean, var = (t.repeat_interleave(run, 1) for t in (mean, var))
+        mean, var = spread_over(mean, run), spread_over(var, run)
         gamma, beta = (p if p is None else p.repeat_interleave(self._slices) for p in (self.weight, self.bias))
         return normalise_by(x, mean, var, gamma, beta, self.eps)
 
