@@ -1,6 +1,7 @@
 """Accumulated BatchNorm against its equations, and the laws that hold it."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -125,7 +126,7 @@ def test_one_micro_batch_is_batchnorm(shape: tuple[int, ...], options: dict) -> 
 
 def test_evaluation_in_mid_accumulation_changes_nothing() -> None:
     layer, _ = attached()
-    twin = attached()[0]
+    twin, _kept = attached()
     twin.load_state_dict(layer.state_dict())
     parts = batches((4, 3), (2, 3))
     for part in parts:
@@ -308,3 +309,18 @@ def test_an_accumulated_batch_is_taken_without_a_look_at_the_values() -> None:
             for n in (1, 2, 3):
                 layer(torch.randn(n, 4, 2)).sum().backward()
             optimizer.step()
+
+
+def test_an_optimizer_that_is_gone_says_nothing_any_more() -> None:
+    """Training on with another optimizer that nobody attached is refused, as it was at first."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), AccumulatedBatchNorm(4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = ab.attach(model, optimizer)
+    model(torch.randn(2, 3, 4, 4))
+    model(torch.randn(2, 3, 4, 4))
+    del optimizer
+    gc.collect()
+    model(torch.randn(2, 3, 4, 4))
+    with pytest.raises(ab.AnybatchError, match=r"ab.attach\(model, optimizer\)"):
+        model(torch.randn(2, 3, 4, 4))
+    handle.remove()

@@ -53,10 +53,18 @@ def normalise_backward(
         weight.
     """
     weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
+    g, y = _plain_stride(g), _plain_stride(y)
     grad_y, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
         g, y, weight, mean, var, None, None, False, eps, [True, True, True]
     )
     return grad_y, Reductions(grad_bias, grad_weight)
+
+
+def _plain_stride(t: Tensor) -> Tensor:
+    """A single example with the stride that torch's kernels expect: x[0][None] in channels_last misleads them."""
+    if t.shape[0] != 1 or t.stride(0) == t.numel():
+        return t
+    return t.as_strided(t.shape, (t.numel(), *t.stride()[1:]))
 
 
 def through_moments(grad: Tensor, y: Tensor, mean: Tensor, slope: Tensor, offset: Tensor) -> Tensor:

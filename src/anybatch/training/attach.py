@@ -1,11 +1,11 @@
 """Tells the layers of a model when the optimizer has made a step."""
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import AnybatchError
@@ -25,19 +25,18 @@ class CountsSteps(Protocol):
 
 
 class Attached:
-    """A model's layers attached to optimizers; :meth:`remove` ends it, also as a context manager's exit."""
+    """A model's layers attached to optimizers; :meth:`remove` ends it, and so does the end of a ``with`` statement."""
 
-    def __init__(self, layers: Iterable[CountsSteps], handles: Iterable[RemovableHandle]) -> None:
-        self._layers, self._handles = [weakref.ref(layer) for layer in layers], list(handles)
+    def __init__(self, layers: Sequence["weakref.ref[Any]"], hooks: Mapping[Optimizer, RemovableHandle]) -> None:
+        # An optimizer that is gone ends its part by itself.
+        self._ends = [weakref.finalize(optimizer, _end, layers, hook) for optimizer, hook in hooks.items()]
+        for end in self._ends:
+            end.atexit = False
 
     def remove(self) -> None:
         """Take the hooks off the optimizers."""
-        for handle in self._handles:
-            handle.remove()
-        for layer in (ref() for ref in self._layers):
-            if layer is not None:
-                layer.attached(-len(self._handles))
-        self._handles = []
+        for end in self._ends:
+            end()
 
     def __enter__(self) -> "Attached":
         return self
@@ -46,7 +45,14 @@ class Attached:
         self.remove()
 
 
-def attach(model: nn.Module, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> Attached:
+def _end(layers: Sequence["weakref.ref[Any]"], hook: RemovableHandle) -> None:
+    hook.remove()
+    for layer in (ref() for ref in layers):
+        if layer is not None:
+            layer.attached(-1)
+
+
+def attach(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]) -> Attached:
     """Let the model's layers know, by the optimizer's own hook, when it makes a step; once, before training.
 
     Layers that need no such signal are none the worse for it. A step that a gradient scaler skips is no step.
@@ -61,11 +67,11 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer | Sequence[torch.o
     Raises:
         AnybatchError: ``optimizer`` is no torch optimizer.
     """
-    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
     if (
         not isinstance(optimizers, Sequence)
         or not optimizers
-        or not all(isinstance(each, torch.optim.Optimizer) for each in optimizers)
+        or not all(isinstance(each, Optimizer) for each in optimizers)
     ):
         raise AnybatchError(
             f"attach: the optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer, or several (of a "
@@ -79,7 +85,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer | Sequence[torch.o
             if layer is not None:
                 layer.optimizer_stepped()
 
-    handles = [each.register_step_post_hook(stepped) for each in optimizers]
+    hooks = {each: each.register_step_post_hook(stepped) for each in optimizers}
     for layer in layers:
-        layer.attached(len(handles))
-    return Attached(layers, handles)
+        layer.attached(len(hooks))
+    return Attached(refs, hooks)
