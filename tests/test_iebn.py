@@ -177,15 +177,28 @@ class Block(nn.Module):
         return (out + self.shortcut(x)).relu()
 
 
-@pytest.mark.parametrize("window", [1, 3])
-def test_the_converter_leaves_the_norm_of_a_shortcut_plain(window: int) -> None:
+def test_the_converter_leaves_the_norm_of_a_shortcut_plain() -> None:
     x = torch.randn(2, 3, 5, 5)
     model = Block()
-    report = ab.convert_(model, ab.IEBN(window=window), example_inputs=x)
+    report = ab.convert_(model, ab.IEBN(), example_inputs=x)
     assert {row.name for row in report.converted} == {"bn1", "bn2"}
     assert [row.reason for row in report.left] == ["the norm of a shortcut: IEBN leaves those plain"]
     assert type(model.shortcut[1]) is nn.BatchNorm2d
-    assert len(ab.convert_(Block(), ab.IEBN("converted", window), example_inputs=x).converted) == 3
+    assert len(ab.convert_(Block(), ab.IEBN("converted"), example_inputs=x).converted) == 3
+
+
+def test_over_cbn_the_norm_of_a_shortcut_is_cbn() -> None:
+    """Plain BatchNorm there would bring the small batch back in."""
+    x = torch.randn(2, 3, 5, 5)
+    model = Block()
+    report = ab.convert_(model, ab.IEBN(window=3), example_inputs=x)
+    assert [row.reason for row in report.converted] == ["", "", "becomes CBN"]
+    assert type(model.shortcut[1]) is CrossIterationBatchNorm
+    assert model.shortcut[1].window == 3
+    assert model.shortcut[1].maps == (model.shortcut[0],)
+    model = Block()
+    ab.convert_(model, ab.IEBN("converted", 3), example_inputs=x)
+    assert type(model.shortcut[1]) is InstanceEnhancementCrossIterationBatchNorm
 
 
 def test_shortcuts_can_only_be_seen_on_an_example() -> None:

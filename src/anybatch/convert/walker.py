@@ -80,9 +80,11 @@ def convert_(
     pairings = pair(model, norms, example_inputs) if config.needs_map else {}
     flow = Flow(model, norms.values(), example_inputs) if config.needs_flow else None
     around = {name: _around(norm, pairings.get(name), flow) for name, norm in norms.items()}
-    reasons |= {name: config.leaves(around[name]) for name in norms}
-    norms = {name: norm for name, norm in norms.items() if not reasons[name]}
-    layers = {name: _build(config, name, norm) for name, norm in norms.items()}
+    placed = {name: config.at(around[name]) for name in norms}
+    reasons |= {name: here for name, here in placed.items() if isinstance(here, str)}
+    configs = {name: here for name, here in placed.items() if not isinstance(here, str)}
+    norms = {name: norms[name] for name in configs}
+    layers = {name: _build(configs[name], name, norm) for name, norm in norms.items()}
     with ExitStack() as undo:
         for name, layer in layers.items():
             if isinstance(layer, NormLayer):
@@ -99,7 +101,7 @@ def convert_(
         tuple(
             Row(name, type(norm).__name__, (norm.num_features,), action="left", reason=reasons[name])
             if reasons[name]
-            else _row(name, norm, layers[name], pairings.get(name), joining[name])
+            else _row(name, norm, layers[name], pairings.get(name), joining[name], configs[name], config)
             for name, norm in found.items()
         )
     )
@@ -227,11 +229,14 @@ def _row(
     layer: nn.Module,
     pairing: Pairing | None,
     joining: tuple[dict[str, Any] | None, list[nn.Parameter]],
+    placed: NormConfig,
+    asked: NormConfig,
 ) -> Row:
     row = Row(name, type(norm).__name__, (norm.num_features,))
     if layer is norm:
         return replace(row, action="left", reason="it is what was asked for")
-    notes = [layer.note] if isinstance(layer, NormLayer) else []
+    notes = [] if placed == asked else [f"becomes {type(placed).__name__}"]
+    notes += [layer.note] if isinstance(layer, NormLayer) else []
     kept = {id(p) for p in layer.parameters()}
     if dropped := [key for key, p in norm.named_parameters(recurse=False) if id(p) not in kept]:
         notes.append(f"its {' and '.join(dropped)} went")

@@ -52,6 +52,6 @@ class NormConfig(ABC):
         """Whether the converter has to run the model once, to see what stands around its norms."""
         return self.needs_map or self.needs_flow
 
-    def leaves(self, around: Surroundings) -> str:
-        """Why a norm that stands like this is left alone; empty when it is converted."""
-        return ""
+    def at(self, around: Surroundings) -> "NormConfig | str":
+        """What a norm that stands like this becomes; a string says why it is left alone."""
+        return self

@@ -28,7 +28,7 @@ from ..core.groups import pool_batch
 from ..core.moments import Moments, position_mean
 from ..core.step import measure, normalise_by
 from .base import NormLayer
-from .cbn import CrossIterationBatchNorm
+from .cbn import CBN, CrossIterationBatchNorm
 from .config import NormConfig
 from .options import check_choice, check_whole
 from .surroundings import Surroundings
@@ -172,7 +172,8 @@ class IEBN(NormConfig):
     """Instance Enhancement BatchNorm, over one batch or, with a window, over CBN with its defaults.
 
     Args:
-        shortcuts: 'plain' leaves the norms of residual shortcuts as they are, as the authors do; or 'converted'.
+        shortcuts: 'plain' gives the norms of residual shortcuts no gate, as the authors do: they stay as they are, or
+            with a window become CBN; 'converted' gives them one.
         window: batches pooled, the current one included; 1 is IEBN, more is
             :class:`anybatch.nn.InstanceEnhancementCrossIterationBatchNorm`.
     """
@@ -202,6 +203,8 @@ class IEBN(NormConfig):
         """True where shortcuts stay plain."""
         return self.shortcuts == "plain"
 
-    def leaves(self, around: Surroundings) -> str:
-        """The norms of shortcuts, where those stay plain."""
-        return "the norm of a shortcut: IEBN leaves those plain" if around.shortcut and self.needs_flow else ""
+    def at(self, around: Surroundings) -> NormConfig | str:
+        """The norms of shortcuts have no gate, where those stay plain: BatchNorm as it is, or CBN with a window."""
+        if not around.shortcut or self.shortcuts == "converted":
+            return self
+        return "the norm of a shortcut: IEBN leaves those plain" if self.window == 1 else CBN(window=self.window)
