@@ -242,8 +242,8 @@ def test_a_config_that_asks_for_it_learns_it() -> None:
     class Curious(ab.CBN):
         needs_flow = True
 
-        def leaves(self, around: object) -> str:
-            return "it is a shortcut's" if around.shortcut else ""
+        def at(self, around: object) -> object:
+            return "it is a shortcut's" if around.shortcut else self
 
     model = ResNet()
     report = convert_(model, Curious(window=2), example_inputs=torch.randn(X))
