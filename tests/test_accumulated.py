@@ -44,8 +44,8 @@ def statistics(layer: nn.Module) -> list[Tensor]:
 @every_shape
 @pytest.mark.parametrize("sizes", [(3, 2, 5, 1), (2, 2, 2), (1, 3)], ids=str)
 def test_outputs_and_every_gradient(shape: tuple[int, ...], sizes: tuple[int, ...]) -> None:
-    """float64 autograd through BatchNorm of the concatenation, whose earlier part is a constant."""
-    layer, _ = attached()
+    """'share': float64 autograd through BatchNorm of the concatenation, whose earlier part is a constant."""
+    layer, _ = attached(gradient="share")
     seen: list[Tensor] = []
     for x in batches(shape, sizes):
         x.requires_grad_()
@@ -63,6 +63,29 @@ def test_outputs_and_every_gradient(shape: tuple[int, ...], sizes: tuple[int, ..
             ):
                 torch.testing.assert_close(mine, theirs, **ORACLE)
         seen.append(x.detach())
+
+
+@every_shape
+@pytest.mark.parametrize("sizes", [(3, 2, 5, 2), (2, 2, 2)], ids=str)
+def test_the_whole_gradient(shape: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+    """'whole': BatchNorm's backward written out, by the pooled moments and the micro-batch's own means of g."""
+    layer, _ = attached()
+    seen: list[Tensor] = []
+    for x in batches(shape, sizes):
+        x.requires_grad_()
+        out, g = layer(x), torch.randn_like(x)
+        seen.append(x.detach())
+        mean, var = oracle.batch_moments(torch.cat(seen))
+        torch.testing.assert_close(out, oracle.normalise(x, mean, var, layer.weight, layer.bias, layer.eps), **ORACLE)
+        grad_x, grad_weight, grad_bias = torch.autograd.grad(out, [x, layer.weight, layer.bias], g)
+        by_channel = (1, -1, *[1] * (x.dim() - 2))
+        y_hat = (x - mean.view(by_channel)) / torch.sqrt(var + layer.eps).view(by_channel)
+        over = (0, *range(2, x.dim()))
+        a = (layer.weight / torch.sqrt(var + layer.eps)).view(by_channel)
+        expected = a * (g - g.mean(over, True) - y_hat * (g * y_hat).mean(over, True))
+        torch.testing.assert_close(grad_x, expected, **ORACLE)
+        torch.testing.assert_close(grad_weight, (g * y_hat).sum(over), **ORACLE)
+        torch.testing.assert_close(grad_bias, g.sum(over), **ORACLE)
 
 
 @every_shape
@@ -324,3 +347,102 @@ def test_an_optimizer_that_is_gone_says_nothing_any_more() -> None:
     with pytest.raises(ab.AnybatchError, match=r"ab.attach\(model, optimizer\)"):
         model(torch.randn(2, 3, 4, 4))
     handle.remove()
+
+
+def recalibrated(layer: nn.Module) -> None:
+    ab.recalibrate_(layer, [torch.randn(9, 4, 3, dtype=D) * 2 + 1])
+
+
+def written(layer: nn.Module) -> None:
+    for t in statistics(layer)[:2]:
+        t.copy_(torch.rand(4, dtype=D) + 3)
+
+
+def replaced(layer: nn.Module) -> None:
+    layer.running_mean, layer.running_var = (torch.rand(4, dtype=D) + 3 for _ in range(2))
+
+
+@pytest.mark.parametrize("write", [recalibrated, written, replaced])
+def test_statistics_written_in_mid_accumulation_are_what_the_move_starts_from(write) -> None:
+    """One step of momentum away from them, towards the whole accumulated batch, however many micro-batches follow."""
+    layer, _ = attached()
+    parts = batches((4, 3), (2, 3, 1, 4))
+    for part in parts[:2]:
+        layer(part)
+    write(layer)
+    twin = nn.BatchNorm1d(4, dtype=D)
+    twin.load_state_dict({**layer.state_dict(), "num_batches_tracked": torch.tensor(0)})
+    for part in parts[2:]:
+        layer(part)
+    twin(torch.cat(parts))
+    for a, b in zip(statistics(layer), statistics(twin), strict=True):
+        torch.testing.assert_close(a, b, **ORACLE)
+
+
+def test_statistics_written_back_as_they_were_change_nothing() -> None:
+    """As a broadcast of buffers does, or a recalibration that raised."""
+    layer, _ = attached()
+    whole = nn.BatchNorm1d(4, dtype=D)
+    parts = batches((4, 3), (2, 3, 1))
+    for part in parts:
+        layer(part)
+        for t in statistics(layer):
+            t.copy_(t.clone())
+    whole(torch.cat(parts))
+    for a, b in zip(statistics(layer), statistics(whole), strict=True):
+        torch.testing.assert_close(a, b, **ORACLE)
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for n in (2, 3):
+            out = model(torch.randn(n, 3))
+            out.backward(torch.randn_like(out))
+        optimizer.step()
+
+
+def test_a_new_optimizer_that_nobody_attached_is_noticed() -> None:
+    """The old one is alive and silent; gamma moved without its word."""
+    model = nn.Sequential(nn.Linear(3, 4), AccumulatedBatchNorm(4))
+    old, new = (torch.optim.SGD(ab.param_groups(model, 0.1, 0.1), lr=0.1) for _ in range(2))
+    ab.attach(model, old)
+    trained(model, old, 3)
+    with pytest.raises(ab.AnybatchError, match=r"weight changed since .*ab\.attach\(model, optimizer\)"):
+        trained(model, new, 3)
+    ab.attach(model, new)
+    trained(model, new, 3)
+
+
+def test_a_frozen_gamma_may_be_written() -> None:
+    """And a conversion of the model to another dtype is no step."""
+    for frozen in (True, False):
+        model = nn.Sequential(nn.Linear(3, 4), AccumulatedBatchNorm(4))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ab.attach(model, optimizer)
+        model[1].weight.requires_grad_(not frozen)
+        model(torch.randn(2, 3))
+        if frozen:
+            model[1].weight.fill_(2.0)
+        model.double()(torch.randn(2, 3, dtype=D))
+
+
+def test_an_optimizer_that_moves_the_weights_within_its_step_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), AccumulatedBatchNorm(4))
+    optimizer = torch.optim.LBFGS(model.parameters())
+    ab.attach(model, optimizer)
+    x = torch.randn(5, 3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        return loss
+
+    with pytest.raises(ab.AnybatchError, match="moves the weights only at their end"):
+        optimizer.step(closure)
+
+
+def test_unknown_gradients_are_refused() -> None:
+    with pytest.raises(ab.AnybatchError, match=r"gradient='all'; choose one of 'whole', 'share'"):
+        ab.AccumulatedBN(gradient="all")

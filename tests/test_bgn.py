@@ -172,3 +172,29 @@ def test_bgn_without_running_statistics(groups: int, track: bool) -> None:
     norm = random_affine(BatchGroupNormalization(4, groups, track_running_stats=False, dtype=D)).train(track)
     x = batch((3, 4, 2, 5))
     torch.testing.assert_close(norm(x), by_definition(x, groups, norm.weight, norm.bias, norm.eps)[0], **ORACLE)
+
+
+def test_what_cannot_be_settled_changes_nothing() -> None:
+    norm = BatchGroupNormalization(4, alpha=0.5)
+    x = torch.randn(3, 4, 2, 5)
+    wanted = norm.eval()(x)
+    for refused in (8, 3):
+        with pytest.raises(ab.AnybatchError, match=f"groups={refused}"):
+            norm.settle(refused)
+    assert norm.groups is None
+    assert norm.options == {"groups": None}
+    assert norm.can_weigh
+    assert torch.equal(norm(x), wanted)
+
+
+def test_training_goes_on_after_a_first_batch_in_inference_mode() -> None:
+    norm, bn = BatchGroupNormalization(8), BatchGroupNormalization(8, 2)
+    x, y = torch.randn(8, 8, 3), torch.randn(4, 8, 3, requires_grad=True)
+    with torch.inference_mode():
+        norm(x), bn(x)
+    assert norm.groups == 2
+    assert not norm.running_mean.is_inference()
+    assert torch.equal(norm(y), bn(y))
+    norm(y).sum().backward()
+    for a, b in zip(norm.buffers(), bn.buffers(), strict=True):
+        assert a.shape == b.shape

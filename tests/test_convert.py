@@ -282,6 +282,17 @@ def test_parameters_that_go_are_named() -> None:
 def test_new_parameters_do_not_decay_as_gamma_does() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     optimizer = torch.optim.SGD(ab.param_groups(model, 0.1, 0.1), lr=0.1)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    undecayed = torch.optim.SGD(ab.param_groups(plain, 0.1), lr=0.1)
+    assert len(ab.convert_(plain, ab.IEBN(shortcuts="converted"), optimizer=undecayed).converted) == 1
     with pytest.raises(ab.AnybatchError, match="convert first, then call param_groups"):
         ab.convert_(model, ab.IEBN(shortcuts="converted"), optimizer=optimizer)
     assert type(model[1]) is nn.BatchNorm2d
+
+
+def test_a_weight_of_examples_that_goes_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    ab.weigh_examples_(model, 0.25)
+    assert ab.convert_(model, ab.GhostBN()).rows[0].reason == "its alpha=0.25 went"
+    ab.weigh_examples_(model, 0.25)
+    assert "its alpha=0.25 went" in ab.revert_(model).rows[0].reason

@@ -114,6 +114,7 @@ def test_a_norm_inside_its_convolution_and_one_never_called() -> None:
     assert flow.activation_of(model[0].norm) == "relu"
     assert flow.activation_of(idle) == ""
     assert not flow.is_shortcut(idle)
+    assert flow.called == {model[0].norm}
 
 
 class Bottleneck(nn.Module):
@@ -243,7 +244,7 @@ def test_a_config_that_asks_for_it_learns_it() -> None:
         needs_flow = True
 
         def at(self, around: object) -> object:
-            return "it is a shortcut's" if around.shortcut else self
+            return (ab.BN(), "it is a shortcut's") if around.shortcut else (self, "")
 
     model = ResNet()
     report = convert_(model, Curious(window=2), example_inputs=torch.randn(X))

@@ -22,7 +22,7 @@ from .norm_checks import (
     same_gradients,
     torch_norm,
 )
-from .tolerances import ORACLE, SAME
+from .tolerances import HALF, ORACLE, SAME
 
 # --- Ghost BN
 
@@ -162,7 +162,31 @@ def test_one_value_a_group_is_normalised_by_the_running_statistics(make) -> None
     assert norm.num_batches_tracked == 0
 
 
+def test_a_group_of_one_value_gives_beta_and_no_gradient() -> None:
+    """Where the batch has more than one such group."""
+    norm = random_affine(BatchAndGroupNorm(4, 4, 1, dtype=D))
+    x = batch((3, 4))
+    out = norm(x)
+    torch.testing.assert_close(out, norm.bias.expand(3, 4), **ORACLE)
+    (grad,) = torch.autograd.grad(out, x, torch.randn_like(out))
+    torch.testing.assert_close(grad, torch.zeros_like(grad), **ORACLE)
+
+
 # --- these and BGN
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("config", [ab.BatchGroupNorm(1), ab.BGN(1)], ids=str)
+def test_running_moments_in_half_precision_are_pooled_in_full(config, dtype: torch.dtype) -> None:
+    """Rounded once; the square of one channel's distance from the others is more than float16 holds."""
+    bn = nn.BatchNorm2d(32)
+    bn.running_mean.normal_(), bn.running_var.uniform_(0.5, 2)
+    bn.running_mean[3] = 500.0
+    bn = bn.to(dtype)
+    mean, var = bn.running_mean.double(), bn.running_var.double()
+    found = config.build(bn).channel_moments()
+    for a, exact in zip(found, (mean.mean(), var.mean() + mean.var(correction=0)), strict=True):
+        assert torch.equal(a, exact.to(dtype).expand(32))
 
 
 @pytest.mark.parametrize("config", [ab.GhostBN(2), ab.BatchGroupNorm(2), ab.BGN(2), ab.BGN(), ab.BGN(8)], ids=str)
@@ -186,7 +210,10 @@ def test_recalibration_takes_what_the_layer_averages(config) -> None:
         (lambda: ab.BGN(0), "groups=0; give a whole number of at least 1, or None"),
         (lambda: BatchAndGroupNorm(12, 5), "channel_groups=5 does not divide 12 channels; choose one of 1, 2, 3, 4, 6"),
         (lambda: BatchGroupNormalization(12, 5), "groups=5 does not divide 12 channels; choose one of 1, 2, 3, 4, 6"),
-        (lambda: BatchGroupNormalization(12, 30), "groups=30 does not divide 12 channels"),
+        (
+            lambda: BatchGroupNormalization(12, 30),
+            "groups=30 does not divide 12 channels; choose one of 1, 2, 3, 4, 6, 12, or a multiple of 12",
+        ),
     ],
 )
 def test_options_out_of_range(config, said: str) -> None:

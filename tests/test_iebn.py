@@ -12,7 +12,7 @@ from anybatch.nn import (
 )
 
 from . import oracle
-from .tolerances import ORACLE
+from .tolerances import HALF, ORACLE, REORDERED
 
 D = torch.float64
 SHAPES = [(5, 4), (7, 4, 5), (3, 4, 1, 1), (5, 4, 3, 2), (1, 4, 3, 3), (4, 4, 2, 3, 2)]
@@ -69,6 +69,28 @@ def test_evaluation_has_the_same_gate(shape: tuple[int, ...], alpha: float) -> N
     second = (1 - alpha) * (norm.running_var + norm.running_mean**2) + alpha * own.square().mean(2)
     same(norm.eval()(x), gated(norm, x, mean, second - mean**2), [x, *norm.parameters()])
     assert not norm.foldable
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("autocast", [True, False])
+def test_without_alpha_an_examples_variance_does_not_matter(dtype: torch.dtype, autocast: bool) -> None:
+    """The same as with a share of it that vanishes, in any precision; and it may overflow."""
+    norm = random(InstanceEnhancementBatchNorm(4)).eval()
+    norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+    norm.gate_weight.data.div_(10)
+    norm = norm if autocast else norm.to(dtype)
+    x = batch((3, 4, 5, 2)).detach().to(dtype).requires_grad_()
+    outs, cotangent = [], torch.randn(x.shape).to(dtype)
+    for norm.alpha in (0.0, 1e-12):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = norm(x)
+        assert out.dtype == dtype
+        outs.append([out, *torch.autograd.grad(out, [x, *norm.parameters()], cotangent)])
+    for a, b in zip(*outs, strict=True):
+        torch.testing.assert_close(a, b, **HALF.get(dtype, REORDERED))
+    if dtype != torch.float16:
+        norm.alpha = 0.0
+        assert norm(torch.full((2, 4, 2, 1), 1e20, dtype=dtype)).isfinite().all()
 
 
 def test_without_running_statistics_evaluation_takes_the_batchs() -> None:
@@ -182,7 +204,7 @@ def test_the_converter_leaves_the_norm_of_a_shortcut_plain() -> None:
     model = Block()
     report = ab.convert_(model, ab.IEBN(), example_inputs=x)
     assert {row.name for row in report.converted} == {"bn1", "bn2"}
-    assert [row.reason for row in report.left] == ["the norm of a shortcut: IEBN leaves those plain"]
+    assert [row.reason for row in report.left] == ["the norm of a shortcut: BN, without a gate"]
     assert type(model.shortcut[1]) is nn.BatchNorm2d
     assert len(ab.convert_(Block(), ab.IEBN("converted"), example_inputs=x).converted) == 3
 
@@ -192,7 +214,7 @@ def test_over_cbn_the_norm_of_a_shortcut_is_cbn() -> None:
     x = torch.randn(2, 3, 5, 5)
     model = Block()
     report = ab.convert_(model, ab.IEBN(window=3), example_inputs=x)
-    assert report.rows[2].reason == "becomes CBN"
+    assert report.rows[2].reason == "the norm of a shortcut: CBN, without a gate"
     assert type(model.shortcut[1]) is CrossIterationBatchNorm
     assert model.shortcut[1].window == 3
     assert model.shortcut[1].maps == (model.shortcut[0],)
@@ -212,3 +234,14 @@ def test_a_gated_norm_cannot_be_folded() -> None:
     ab.convert_(model, ab.IEBN("converted"))
     with pytest.raises(ab.AnybatchError, match="more than a scale and a shift"):
         ab.fold(model.eval(), example_inputs=torch.randn(1, 3, 5, 5))
+
+
+def test_shortcuts_become_plain_again() -> None:
+    """Whatever they were before."""
+    x = torch.randn(2, 3, 5, 5)
+    for before in (ab.CBN(), ab.IEBN("converted")):
+        model = Block()
+        ab.convert_(model, before, example_inputs=x)
+        report = ab.convert_(model, ab.IEBN(), example_inputs=x)
+        assert len(report.converted) == 3
+        assert type(model.shortcut[1]) is nn.BatchNorm2d

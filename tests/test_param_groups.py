@@ -169,3 +169,64 @@ def test_gamma_of_float32_goes_to_one() -> None:
         optimizer.step()
     torch.testing.assert_close(model[0].weight.detach(), torch.ones(3), **SAME)
     torch.testing.assert_close(model[0].bias.detach(), torch.zeros(3), **SAME)
+
+
+class Outer(torch.optim.Optimizer):
+    """An optimizer around another one with the same groups, as sharpness-aware minimisation is."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.param_groups, self.inner = inner.param_groups, inner
+
+    def step(self, closure: object = None) -> None:
+        self.inner.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_step_of_length_zero_changes_no_bit(dtype: torch.dtype, wrapped: bool) -> None:
+    """Nor does any step a gamma without gradient."""
+    start = torch.tensor([0.01, 0.1, 0.3, 1e-3, 1e-9, -7.7], dtype=dtype)
+    trained, frozen = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+    model = nn.ModuleList([trained, frozen]).to(dtype)
+    with torch.no_grad():
+        trained.weight.copy_(start), frozen.weight.copy_(start)
+    optimizer = torch.optim.AdamW(ab.param_groups(model, 0.0, NORM_WD), lr=0.0)
+    for _ in range(3):
+        trained.weight.grad = torch.zeros_like(start)
+        (Outer(optimizer) if wrapped else optimizer).step()
+    assert torch.equal(trained.weight, start)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+    optimizer.step()
+    assert torch.equal(frozen.weight, start)
+    assert not torch.equal(trained.weight, start)
+
+
+def test_an_optimizer_in_an_optimizer_shifts_once() -> None:
+    norm = nn.BatchNorm2d(3)
+    optimizer = Outer(torch.optim.SGD(ab.param_groups(norm, 0.0, 1.0), lr=0.5))
+    nn.init.constant_(norm.weight, 3.0)
+    for _ in range(40):
+        norm.weight.grad, norm.bias.grad = torch.zeros(3), torch.zeros(3)
+        optimizer.step()
+    torch.testing.assert_close(norm.weight.detach(), torch.ones(3), **SAME)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_step_that_raises_leaves_the_gammas(kept: bool) -> None:
+    """Back once the error is handled, and at the next step at the latest where someone keeps its traceback."""
+    norm = nn.BatchNorm2d(3)
+    optimizer = torch.optim.AdamW(ab.param_groups(norm, 0.0, NORM_WD), lr=0.0)
+    norm.weight.grad = torch.zeros(3)
+    norm.bias.grad = torch.zeros(3).to_sparse()  # which AdamW refuses
+    error = None
+    try:
+        optimizer.step()
+    except RuntimeError as caught:
+        error = caught if kept else str(caught)
+    assert error is not None
+    norm.bias.grad = torch.zeros(3)
+    if kept:
+        optimizer.step()
+    assert torch.equal(norm.weight, torch.ones(3))

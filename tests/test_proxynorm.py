@@ -253,19 +253,29 @@ def test_a_stock_resnet() -> None:
     assert_same(x, model(x), model.fc(y.mean((2, 3))), wanted)
 
 
+def test_the_report_names_a_norm_that_the_example_run_never_called() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    model[0].idle = nn.BatchNorm2d(4)
+    report = ab.convert_(model, ab.ProxyNorm(), example_inputs=torch.randn(1, 3, 2, 2))
+    notes = {row.name: row.reason for row in report.rows}
+    assert notes == {
+        "0.idle": "the example run never called it: scale only, its bias is unused",
+        "1": "then relu",
+    }
+
+
 def test_taken_back_and_refused() -> None:
     model = net()
     x = torch.randn(2, 3, 15, 13)
     with pytest.raises(ab.AnybatchError, match="more than a scale and a shift"):
         ab.fold(model.eval(), example_inputs=x)
     report = ab.revert_(model)
-    assert all("changes" in row.reason for row in report.rows)
+    assert all("may change" in row.reason for row in report.rows)
+    assert "its proxy_weight and proxy_bias went" in report.rows[0].reason
     assert list(model.state_dict()) == list(Net().state_dict())
     with pytest.raises(ab.AnybatchError, match="pass example_inputs"):
         ab.convert_(model, ab.ProxyNorm())
-    with pytest.raises(
-        ab.AnybatchError, match=r"'bn1'.*groups=32 does not divide num_features=4; choose one of 1, 2, 4"
-    ):
+    with pytest.raises(ab.AnybatchError, match=r"'bn1'.*groups=32 does not divide 4 channels; choose one of 1, 2, 4"):
         ab.convert_(model, ab.ProxyNorm(base="group"), example_inputs=x)
     assert type(model.bn1) is nn.BatchNorm2d
     report = ab.convert_(model, ab.ProxyNorm(base="group", groups=2), example_inputs=x)
@@ -286,7 +296,7 @@ def test_taken_back_and_refused() -> None:
         ({"points": 1}, "points=1"),
         ({"groups": 0}, "groups=0"),
         ({"proxy_eps": -1}, "proxy_eps=-1"),
-        ({"base": "group", "groups": 3}, "groups=3 does not divide num_features=4; choose one of 1, 2, 4"),
+        ({"base": "group", "groups": 3}, "groups=3 does not divide 4 channels; choose one of 1, 2, 4"),
     ],
     ids=str,
 )

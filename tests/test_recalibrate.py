@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from anybatch.convert import convert_
 from anybatch.errors import AnybatchError
 from anybatch.inference import recalibrate_
-from anybatch.methods import CBN
+from anybatch.methods import CBN, ProxyNorm
 
 from .small_models import ResNet, SharedHead, shake
 
@@ -139,6 +139,18 @@ def test_what_recalibrate_cannot_do() -> None:
         recalibrate_(ResNet(), [])
     with pytest.raises(AnybatchError, match="the batches reached no BatchNorm"):
         recalibrate_(nn.Linear(3, 2), [torch.randn(2, 3)])
+
+
+def test_running_statistics_that_are_not_used_stay() -> None:
+    x = torch.randn(3, 2, 5, 5)
+    model = shake(nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)))
+    convert_(model, ProxyNorm(), x, where="1")
+    before = state(model)
+    assert recalibrate_(model, [x]) == 3
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"3.running_mean", "3.running_var"}
+    with pytest.raises(AnybatchError, match="none that uses running statistics"):
+        recalibrate_(model[:3], [x])
 
 
 @pytest.mark.parametrize("loader", [None, torch.randn(2, 3, 8, 8)], ids=["nothing", "a tensor"])

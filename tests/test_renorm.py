@@ -229,6 +229,9 @@ def test_the_counter_is_read_without_a_look_at_the_values() -> None:
     [
         ({"r_max": 0.5}, "r_max=0.5; give a number of at least 1"),
         ({"d_max": -1}, "d_max=-1; give a number of at least 0"),
+        ({"r_max": float("inf")}, "r_max=inf; give a number of at least 1, and finite"),
+        ({"d_max": float("inf")}, "d_max=inf; give a number of at least 0, and finite"),
+        ({"r_max": float("nan")}, "r_max=nan; give a number"),
         ({"ramp_from": -1}, "ramp_from=-1; give a whole number of at least 0"),
         ({"ramp_to": 10}, "ramp_to=10 is before ramp_from=1000; give at least 1000"),
         ({"momentum_batch": 0}, "momentum_batch=0"),

@@ -208,3 +208,13 @@ def test_following_twice_is_following_once() -> None:
 def test_options_of_the_layer_are_checked(options: dict, said: str) -> None:
     with pytest.raises(ab.AnybatchError, match=said):
         CrossIterationBatchNorm(**options)
+
+
+@pytest.mark.parametrize("config", [ab.CBN(compensate=False), ab.BatchRenorm()], ids=str)
+def test_running_statistics_move_in_bfloat16(config: object) -> None:
+    """At batch 1 their rate is a few thousandths, which bfloat16 cannot add: it would stand still far from the mean."""
+    norm = config.build(nn.BatchNorm2d(4)).bfloat16()
+    for _ in range(300):
+        norm((torch.randn(1, 4, 6, 6) * 2 + 3).bfloat16())
+    torch.testing.assert_close(norm.running_mean.float(), torch.full((4,), 3.0), rtol=0.0, atol=0.5)
+    torch.testing.assert_close(norm.running_var.float(), torch.full((4,), 4.0), rtol=0.0, atol=1.0)

@@ -185,3 +185,20 @@ def test_tuning_restores_the_model_on_an_error() -> None:
 def test_bad_loaders_are_refused(loader: object, candidates: list[float], said: str) -> None:
     with pytest.raises(ab.AnybatchError, match=said):
         ab.tune_example_weight(ResNet(), loader, candidates)
+
+
+def test_a_score_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(ab.AnybatchError, match=r"alpha=0.5 is nan"):
+        ab.tune_example_weight(ResNet(), [torch.randn(2, 3, 16, 16)], [0.5], lambda model, batch: float("nan"))
+
+
+def test_recalibration_does_not_depend_on_the_weight() -> None:
+    """Each norm's batch moments, whatever alpha, which stays."""
+    model, loader = classified()
+    other = copy.deepcopy(model)
+    ab.weigh_examples_(other, 1.0)
+    for net in (model, other):
+        ab.recalibrate_(net, loader)
+    for a, b in zip(model.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(a, b, **SAME)
+    assert other[0][1].alpha == 1.0

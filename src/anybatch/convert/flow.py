@@ -39,7 +39,7 @@ class _Node:
 
 
 class Flow(TorchFunctionMode):
-    """One example run of a model; afterwards ``activation_of`` and ``is_shortcut`` answer for each of its norms.
+    """One example run of a model; afterwards ``called``, ``activation_of``, ``is_shortcut`` answer for its norms.
 
     The model, its buffers and the random states are as before, also on an error.
 
@@ -54,6 +54,7 @@ class Flow(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, norms: Iterable[nn.Module], example_inputs: Any) -> None:
         super().__init__()
+        self.called: set[nn.Module] = set()
         self._calls: dict[nn.Module, list[_Node]] = {norm: [] for norm in norms}
         self._order: list[_Node] = []
         self._nodes: MutableMapping[Tensor, _Node] = WeakIdKeyDictionary()
@@ -140,6 +141,7 @@ class Flow(TorchFunctionMode):
         return self._nodes.setdefault(tensor, _Node("given"))
 
     def _norm_starts(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.called.add(norm)
         self._running.append((norm, first_tensor(args, kwargs)))
 
     def _tail_starts(self, norm: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> Any:

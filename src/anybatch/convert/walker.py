@@ -81,10 +81,7 @@ def convert_(
     flow = Flow(model, norms.values(), example_inputs) if config.needs_flow else None
     around = {name: _around(norm, pairings.get(name), flow) for name, norm in norms.items()}
     placed = {name: config.at(around[name]) for name in norms}
-    reasons |= {name: here for name, here in placed.items() if isinstance(here, str)}
-    configs = {name: here for name, here in placed.items() if not isinstance(here, str)}
-    norms = {name: norms[name] for name in configs}
-    layers = {name: _build(configs[name], name, norm) for name, norm in norms.items()}
+    layers = {name: _build(placed[name][0], name, norm) for name, norm in norms.items()}
     with ExitStack() as undo:
         for name, layer in layers.items():
             if isinstance(layer, NormLayer):
@@ -101,16 +98,19 @@ def convert_(
         tuple(
             Row(name, type(norm).__name__, (norm.num_features,), action="left", reason=reasons[name])
             if reasons[name]
-            else _row(name, norm, layers[name], pairings.get(name), joining[name], configs[name], config)
+            else _row(
+                name, norm, layers[name], pairings.get(name), joining[name], placed[name][1], optimizer is not None
+            )
             for name, norm in found.items()
         )
     )
 
 
 def revert_(model: nn.Module) -> Report:
-    """Take every layer of this library back to torch's BatchNorm, in place; evaluation stays the same to the bit.
+    """Take every layer of this library back to torch's BatchNorm, in place.
 
-    Parameters, buffers and names stay too; the history goes.
+    BatchNorm's parameters, buffers and names stay; histories go, and so do parameters that a method added. Evaluation
+    stays the same to the bit where it was BatchNorm's; where it was not, the report says so.
 
     Args:
         model: converted by ``convert_``, not wrapped or compiled.
@@ -132,14 +132,18 @@ def revert_(model: nn.Module) -> Report:
         raise AnybatchError(
             f"revert_: the model has no layer of anybatch; its {len(found)} BatchNorms are not converted"
         )
-    _replace(model, {layer: layer.to_batchnorm() for layer in layers.values()})
+    instead: dict[nn.Module, nn.Module] = {layer: layer.to_batchnorm() for layer in layers.values()}
+    _replace(model, instead)
     rows = []
     for name, norm in found.items():
         row = Row(name, type(norm).__name__, (norm.num_features,), action="reverted")
         if name not in layers:
             row = replace(row, action="left", reason="not a layer of anybatch")
-        elif not layers[name].foldable:
-            row = replace(row, reason="its evaluation was more than torch's BatchNorm, and changes")
+        else:
+            plain, notes = instead[layers[name]], []
+            if not layers[name].foldable:
+                notes.append("its evaluation was not, or not always, torch's BatchNorm, and may change")
+            row = replace(row, reason="; ".join(filter(None, [*notes, _went(norm, plain)])))
         rows.append(row)
     return Report(tuple(rows))
 
@@ -186,7 +190,12 @@ def _around(norm: nn.Module, pairing: Pairing | None, flow: Flow | None) -> Surr
             exclusive=pairing.exclusive,
         )
     if flow is not None:
-        around = replace(around, activation=flow.activation_of(norm), shortcut=flow.is_shortcut(norm))
+        around = replace(
+            around,
+            activation=flow.activation_of(norm),
+            shortcut=flow.is_shortcut(norm),
+            called=norm in flow.called,
+        )
     return around
 
 
@@ -215,7 +224,7 @@ def _newcomers(
     homes = [group for group in groups if any(p is q for p in old for q in group["params"])]
     known = {id(p) for p in old}
     added = [p for p in new if id(p) not in known]
-    if added and homes and homes[0].get("decays_to"):
+    if added and homes and homes[0].get("decays_to") and homes[0].get("weight_decay"):
         raise AnybatchError(
             f"convert_: the new parameters of '{name}' are not to decay as its gamma does; convert first, then call "
             "param_groups and build the optimizer"
@@ -229,21 +238,26 @@ def _row(
     layer: nn.Module,
     pairing: Pairing | None,
     joining: tuple[dict[str, Any] | None, list[nn.Parameter]],
-    placed: NormConfig,
-    asked: NormConfig,
+    why: str,
+    optimized: bool,
 ) -> Row:
     row = Row(name, type(norm).__name__, (norm.num_features,))
     if layer is norm:
-        return replace(row, action="left", reason="it is what was asked for")
-    notes = [] if placed == asked else [f"becomes {type(placed).__name__}"]
-    notes += [layer.note] if isinstance(layer, NormLayer) else []
-    kept = {id(p) for p in layer.parameters()}
-    if dropped := [key for key, p in norm.named_parameters(recurse=False) if id(p) not in kept]:
-        notes.append(f"its {' and '.join(dropped)} went")
+        return replace(row, action="left", reason=why or "it is what was asked for")
+    notes = [why, layer.note if isinstance(layer, NormLayer) else "", _went(norm, layer)]
     group, added = joining
-    if added and group is None:
+    if added and group is None and optimized:
         notes.append("its new parameters are in no optimizer group")
     if pairing is not None:
         notes += [pairing.reason, pairing.shared and f"not foldable: {pairing.shared}", pairing.note]
     fed_by = tuple(feed.name for feed in pairing.feeds) if pairing is not None else ()
     return replace(row, fed_by=fed_by, paired=pairing is None or bool(fed_by), reason="; ".join(filter(None, notes)))
+
+
+def _went(norm: _BatchNorm, layer: nn.Module) -> str:
+    """What of the norm the layer has not."""
+    kept = {id(p) for p in layer.parameters()}
+    gone = [key for key, p in norm.named_parameters(recurse=False) if id(p) not in kept]
+    if getattr(norm, "alpha", 0.0) and not getattr(layer, "alpha", 0.0):
+        gone.append(f"alpha={norm.alpha}")
+    return f"its {' and '.join(gone)} went" if gone else ""

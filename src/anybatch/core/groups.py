@@ -7,16 +7,21 @@ any grouping. Every part of a group has as many values as the others, so the sha
 import torch
 from torch import Tensor
 
-from .moments import pool
+from .moments import compute_dtype, pool
 
 __all__ = ["pool_batch", "pool_channels", "pool_examples", "pool_runs", "spread_over"]
 
 
 def pool_runs(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Moments (..., C), pooled within ``groups`` runs of C / ``groups`` consecutive channels: (..., groups)."""
+    """Moments (..., C), pooled within ``groups`` runs of C / ``groups`` consecutive channels: (..., groups).
+
+    In float32 or better, rounded once to their dtype: running moments may be kept in half precision.
+    """
     if groups == mean.shape[-1]:
         return mean, var
-    return pool(*(t.reshape(*t.shape[:-1], groups, -1) for t in (mean, var)))
+    dtype = compute_dtype(mean.dtype)
+    pooled = pool(*(t.to(dtype).reshape(*t.shape[:-1], groups, -1) for t in (mean, var)))
+    return pooled[0].to(mean.dtype), pooled[1].to(var.dtype)
 
 
 def spread_over(t: Tensor, size: int) -> Tensor:

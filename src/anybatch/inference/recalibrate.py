@@ -25,6 +25,8 @@ def recalibrate_(
 ) -> int:
     """Set every BatchNorm's running mean and variance to those of the loader's data, in place.
 
+    Layers that use none (Proxy Norm) keep theirs.
+
     The variance is the total one, of all values seen: within and between batches, population. While the loader runs,
     each norm normalises by its current batch, as torch's BatchNorm does in training (a single value per channel, by
     what came before it), and all else evaluates. Nothing but ``running_mean`` and ``running_var`` changes, no history
@@ -41,7 +43,7 @@ def recalibrate_(
         The number of examples seen: the length of the first tensor of each batch, added up.
 
     Raises:
-        AnybatchError: no batch, no norm reached, or moments that are not finite.
+        AnybatchError: no batch, no norm reached that uses running statistics, or moments that are not finite.
     """
     if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
         raise AnybatchError(
@@ -54,13 +56,14 @@ def recalibrate_(
     examples = 0
     with _evaluating(model, norms), ExitStack() as hooks:
         for norm in norms.values():
-            if norm.running_mean is not None:
+            if norm.running_mean is not None and getattr(norm, "uses_running", True):
                 hooks.callback(norm.register_forward_pre_hook(_observer(seen), with_kwargs=True).remove)
         for batch in itertools.islice(loader, batches):
             run_on("recalibrate_", model, batch, forward)
             examples += examples_in(batch)
         if not seen:
-            what = "the loader gave no batch" if not examples else "the batches reached no BatchNorm"
+            none = "the batches reached no BatchNorm, or none that uses running statistics"
+            what = none if examples else "the loader gave no batch"
             raise AnybatchError(f"recalibrate_: {what}; check the loader, and pass the model uncompiled")
         for name, norm in norms.items():
             if norm in seen and not torch.isfinite(seen[norm].mean + seen[norm].var).all():
@@ -111,11 +114,16 @@ def _evaluating(model: nn.Module, norms: Mapping[str, _BatchNorm]) -> Iterator[N
         for norm in norms.values()
         if norm.running_mean is not None and norm.running_var is not None
     ]
+    weighed = [(norm, norm.alpha) for norm in norms.values() if isinstance(norm, NormLayer)]
     try:
         with torch.no_grad():
             model.eval()
+            for layer, _ in weighed:
+                layer.alpha = 0.0  # by the batch's own moments, and nothing else
             yield
     finally:
+        for layer, alpha in weighed:
+            layer.alpha = alpha
         for module, training in modes:
             module.training = training
         for norm, mean, var in saved:

@@ -1,5 +1,6 @@
 """Example weighing at inference, for any trained model of BatchNorm's family (equations: layers/weighed.py)."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,9 +87,10 @@ def tune_example_weight(
         The best alpha, and every candidate's score.
 
     Raises:
-        AnybatchError: a candidate outside of [0, 1], none at all, no batch, or what :func:`weigh_examples_` raises.
+        AnybatchError: a candidate outside of [0, 1], none at all, no batch, a score that is not finite, or
+            what :func:`weigh_examples_` raises.
     """
-    if not candidates:
+    if not len(candidates):
         raise AnybatchError("tune_example_weight: no candidates; give values of alpha from 0 to 1")
     for alpha in candidates:
         check_number("tune_example_weight", "alpha", alpha, 0, 1)
@@ -96,7 +98,7 @@ def tune_example_weight(
         raise AnybatchError(
             f"tune_example_weight: the loader is a {type(loader).__name__}; give something that yields batches"
         )
-    totals, examples = dict.fromkeys(sorted(candidates), 0.0), 0
+    totals, examples = dict.fromkeys(sorted(float(alpha) for alpha in candidates), 0.0), 0
     with _weighing(model) as names:
         for batch in loader:
             count = examples_in(batch)
@@ -107,6 +109,10 @@ def tune_example_weight(
     if not examples:
         raise AnybatchError("tune_example_weight: the loader gave no example")
     scores = {alpha: total / examples for alpha, total in totals.items()}
+    if bad := [alpha for alpha, mean in scores.items() if not math.isfinite(mean)]:
+        raise AnybatchError(
+            f"tune_example_weight: the score at alpha={bad[0]} is {scores[bad[0]]}; check data and score"
+        )
     return ExampleWeights(max(scores, key=lambda alpha: scores[alpha]), scores, examples)
 
 

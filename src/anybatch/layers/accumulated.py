@@ -10,37 +10,57 @@ is normalised by the moments of micro-batches 1..i taken together:
 
 Variances are population variances, eps is inside the root. The weights stand still between two steps, so nothing is
 carried over: the last micro-batch is normalised by the exact moments of all that the layer was given in the accumulated
-batch, and S = 1 is torch's BatchNorm in every respect. Backward: the loss flows through mu_i, var_i, which hold the
-share s_i; the moments of micro-batches 1..i-1 are constants, for their graphs are gone. Running statistics move once an
+batch, and S = 1 is torch's BatchNorm in every respect. The graphs of micro-batches 1..i-1 are gone when the i-th runs.
+Backward, with y_hat by the pooled moments, a = gamma / sqrt(var_bar + eps) and E over micro-batch i:
+
+    'whole' (CmBN's):  dy = a ( g - E[g] - y_hat E[g y_hat] ), BatchNorm's with the pooled moments in its place: what
+                       the other micro-batches take from this one is estimated to be what it takes itself
+    'share':           dy = a ( g - s_i E[g] - ... ), the derivative with micro-batches 1..i-1 held constant, which
+                       leaves out what they give and is not blind to the scale of the weights before the layer
+
+Running statistics move once an
 accumulated batch, by torch's momentum and towards its Bessel-corrected moments as far as they are known; every
-micro-batch takes that move back and makes it anew, so that evaluation is right at any time.
+micro-batch takes that move back and makes it anew, so that evaluation is right at any time. What others wrote there in
+the meantime is no such move: it is what the move starts from then on.
 
 Deviations from CmBN: pooling by number of values and by parts instead of a running average, so unequal micro-batches
 count as what they are; a new accumulated batch starts by the optimizer's own hook.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.moments import Moments, pool
 from ..core.step import measure, normalise_by
+from ..core.tensors import version
 from ..errors import AnybatchError
 from .base import NormLayer
 from .config import NormConfig
 from .feed import eager
+from .options import check_choice
 
 __all__ = ["AccumulatedBN", "AccumulatedBatchNorm"]
 
 
 class _Gathered(NamedTuple):
-    """What the micro-batches since the last step have given, together; never changed in place."""
+    """What the micro-batches since the last step have given, together."""
 
     mean: Tensor  # (C,)
     var: Tensor  # (C,) population
     size: Tensor  # () values a channel; 0 where no micro-batch was finite
+
+
+class _Batch(NamedTuple):
+    """An accumulated batch so far; nothing in it is changed in place."""
+
+    pool: _Gathered
+    weight: Tensor | None  # gamma when it began, the object itself
+    version: int  # of gamma then
+    before: tuple[Tensor, ...] = ()  # the running statistics when it began
+    left: tuple[Tensor, ...] = ()  # and as the last micro-batch left them
 
 
 class AccumulatedBatchNorm(NormLayer):
@@ -61,6 +81,7 @@ class AccumulatedBatchNorm(NormLayer):
         dtype: of parameters and running statistics.
         bias: whether an affine layer has beta.
         alpha: the share of the example's own moments in evaluation, see :func:`anybatch.weigh_examples_`.
+        gradient: 'whole' or 'share', the equations at the top of this file.
 
     Shape: (N, C, *) -> (N, C, *).
 
@@ -68,13 +89,14 @@ class AccumulatedBatchNorm(NormLayer):
         step is in no state_dict, copy or pickle: they start with a new accumulated batch, unattached.
 
     Raises:
-        AnybatchError: an option out of its range, an input that does not fit the layer, or a second training forward
-            while no optimizer tells the layer when it steps.
+        AnybatchError: an option out of its range, an input that does not fit the layer, a second training forward
+            while no optimizer tells the layer when it steps, or one after gamma changed without a word from any.
 
-    Source: CmBN of the paper; pooling by parts and by count, the gradient and the running statistics are ours.
+    Source: CmBN of the paper; pooling by parts and by count, and the running statistics are ours.
     """
 
     takes_single_values = True  # normalised by the pool, by the running statistics while there is none
+    gradient: str
 
     def __init__(
         self,
@@ -88,16 +110,26 @@ class AccumulatedBatchNorm(NormLayer):
         *,
         bias: bool = True,
         alpha: float = 0.0,
+        gradient: Literal["whole", "share"] = "whole",
     ) -> None:
         super().__init__(
-            *(num_features, eps, momentum, affine, track_running_stats, device, dtype), bias=bias, alpha=alpha
+            *(num_features, eps, momentum, affine, track_running_stats, device, dtype),
+            bias=bias,
+            alpha=alpha,
+            gradient=gradient,
         )
         self._optimizers = 0
         self._start_anew()
 
+    @classmethod
+    def check_options(cls, **options: Any) -> None:
+        """Refuse options out of range."""
+        super().check_options(**options)
+        check_choice("AccumulatedBN", "gradient", options["gradient"], ("whole", "share"))
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start with a new accumulated batch, unattached."""
-        return {**super().__getstate__(), "_optimizers": 0, "_past": None, "_before": ()}
+        return {**super().__getstate__(), "_optimizers": 0, "_batch": None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -118,8 +150,7 @@ class AccumulatedBatchNorm(NormLayer):
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self._past: _Gathered | None = None
-        self._before: tuple[Tensor, ...] = ()  # the running statistics before this accumulated batch
+        self._batch: _Batch | None = None
 
     in_full_precision = eager(NormLayer.in_full_precision)
 
@@ -135,41 +166,77 @@ class AccumulatedBatchNorm(NormLayer):
                 self._gather(now, len(y))
             self._replay.remember(now.mean, 0, (known, values))
         if known is not None:
+            own_mean, own_var = mean, var
             mean, var = _together(mean, var, values, known)
+            if self.gradient == "whole" and values:
+                mean, centre = _with_gradient(mean, own_mean), mean.detach()
+                var = _with_gradient(var, own_var + (own_mean - centre).square())
         return normalise_by(y, mean, var, self.weight, self.bias, self.eps)
 
     def _known(self, now: Moments) -> tuple[_Gathered | None, int]:
         """What a micro-batch is pooled with, and the number of values it adds to that."""
-        past = self._past
-        if past is not None and not self._optimizers:
-            raise AnybatchError(
-                f"{type(self).__name__}({self.num_features}): a second training forward, and no optimizer tells the "
-                "layer when it steps; call ab.attach(model, optimizer) once before training"
-            )
-        if past is None and now.size == 1 and self.running_mean is not None and self.running_var is not None:
+        if self._batch is not None:
+            self._check_signal(self._batch)
+            return self._batch.pool, now.size
+        if now.size == 1 and self.running_mean is not None and self.running_var is not None:
             # One value has no variance of its own, and there is nothing to pool it with.
             return _Gathered(self.running_mean.clone(), self.running_var.clone(), now.mean.new_ones(())), 0
-        return past, now.size
+        return None, now.size
+
+    def _check_signal(self, batch: _Batch) -> None:
+        """Refuse to go on with a batch whose end nobody would tell, or nobody has told."""
+        name, weight = f"{type(self).__name__}({self.num_features})", self._trained_weight()
+        if not self._optimizers:
+            raise AnybatchError(
+                f"{name}: a second training forward, and no optimizer tells the "
+                "layer when it steps; call ab.attach(model, optimizer) once before training"
+            )
+        if weight is not None and weight is batch.weight and version(weight) != batch.version:
+            raise AnybatchError(
+                f"{name}: its weight changed since the last step of an attached optimizer, and what was gathered "
+                "belongs to the old one; call ab.attach(model, optimizer) with the optimizer that makes the steps, "
+                "one that moves the weights only at their end"
+            )
+
+    def _trained_weight(self) -> Tensor | None:
+        weight = self._parameters.get("weight")
+        return weight if weight is not None and weight.requires_grad else None
 
     def _gather(self, now: Moments, examples: int) -> None:
         ok = torch.isfinite((now.mean + now.var).sum())
-        finite = Moments(torch.where(ok, now.mean, 0.0), torch.where(ok, now.var, 0.0), now.size)
-        past, size = self._past, now.size * ok.to(now.mean.dtype)
-        if past is None:
-            self._past = _Gathered(finite.mean, finite.var, size)
+        mean, var = torch.where(ok, now.mean, 0.0), torch.where(ok, now.var, 0.0)
+        size = now.size * ok.to(now.mean.dtype)
+        batch = self._batch
+        if batch is None:
+            weight = self._trained_weight()
+            batch = _Batch(_Gathered(mean, var, size), weight, 0 if weight is None else version(weight))
         else:
-            mean, var = _together(finite.mean, finite.var, size, past)
-            self._past = _Gathered(mean, var, past.size + size)
+            mean, var = _together(mean, var, size, batch.pool)
+            batch = batch._replace(pool=_Gathered(mean, var, batch.pool.size + size))
+        self._batch = self._tracked(batch, now.size, examples)
+
+    def _tracked(self, batch: _Batch, size: int, examples: int) -> _Batch:
+        """The batch, its move of the running statistics made anew."""
         if not self.track_running_stats or self.running_mean is None:
-            return
+            return batch
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         statistics = (self.running_mean, self.running_var, self.num_batches_tracked)
-        if past is None:
-            self._before = tuple(t.clone() for t in statistics)
-        for t, before in zip(statistics, self._before, strict=True):
-            t.copy_(before)
-        self.track_(Moments(*self._past[:2], now.size), examples, self._past.size > 1, values=self._past.size)
+        if batch.left:
+            old = zip(statistics, batch.left, batch.before, strict=True)
+            before = tuple(torch.where(t == left.to(t), b.to(t), t) for t, left, b in old)
+            for t, b in zip(statistics, before, strict=True):
+                t.copy_(b)
+        else:
+            before = tuple(t.clone() for t in statistics)
+        pool = batch.pool
+        self.track_(Moments(pool.mean, pool.var, size), examples, pool.size > 1, values=pool.size)
+        return batch._replace(before=before, left=tuple(t.clone() for t in statistics))
+
+
+def _with_gradient(value: Tensor, of: Tensor) -> Tensor:
+    """``value``, with the gradient of another tensor."""
+    return value.detach() + (of - of.detach())
 
 
 def _together(mean: Tensor, var: Tensor, values: Tensor | int, past: _Gathered) -> tuple[Tensor, Tensor]:
@@ -182,6 +249,12 @@ def _together(mean: Tensor, var: Tensor, values: Tensor | int, past: _Gathered) 
 
 @dataclass(frozen=True)
 class AccumulatedBN(NormConfig):
-    """Moments accumulated with the gradient, as in :class:`anybatch.nn.AccumulatedBatchNorm`; see also ``attach``."""
+    """Moments accumulated with the gradient, as in :class:`anybatch.nn.AccumulatedBatchNorm`; see also ``attach``.
+
+    Args:
+        gradient: 'whole' (CmBN's) or 'share'.
+    """
 
     layer: ClassVar[type[NormLayer]] = AccumulatedBatchNorm
+
+    gradient: Literal["whole", "share"] = "whole"

@@ -64,8 +64,8 @@ class NormLayer(_BatchNorm):
     reshapes: ClassVar[tuple[str, ...]] = ()
     # Whether training has moments to normalise one value a channel by; else it is normalised by the running ones.
     takes_single_values: ClassVar[bool] = False
-    # Whether evaluation can mix the example's own moments into the running ones.
-    can_weigh: bool = True
+    can_weigh: bool = True  # whether evaluation can mix the example's own moments into the running ones
+    uses_running: ClassVar[bool] = True  # whether the running statistics are for anything
 
     dims: int = 0  # spatial dimensions an input must have; 0: the first one settles it
     alpha: float = 0.0  # the share of the example's own moments in evaluation
@@ -274,6 +274,7 @@ class NormLayer(_BatchNorm):
             rate = self.momentum
         else:
             rate = 1 - (1 - self.momentum) ** min(1.0, examples / momentum_batch)
+            rate = max(rate, 4 * torch.finfo(self.running_mean.dtype).eps)  # bfloat16's would stand still
         var = now.var if total else bessel(now.var, now.size if values is None else values)
         update_running_(self.running_mean, self.running_var, now.mean, var, rate, total, ok)
 

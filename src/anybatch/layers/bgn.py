@@ -108,19 +108,19 @@ class BatchGroupNormalization(NormLayer):
             layer.settle(layer.groups)
         return layer
 
+    @torch.inference_mode(False)  # a first batch in inference mode must not make buffers that training cannot write
     @torch.no_grad()
     def settle(self, groups: int) -> None:
         """Take ``groups`` as G, and the running statistics of channels over to the groups."""
         channels = self.num_features
-        if groups <= channels or groups % channels:
-            check_divides("BGN", "groups", groups, channels)
-        self.groups = self.options["groups"] = groups
-        self.can_weigh = groups <= channels
-        if self.alpha and not self.can_weigh:
+        check_divides("BGN", "groups", groups, channels, multiples=True)
+        if self.alpha and groups > channels:
             raise AnybatchError(
                 f"BGN: alpha={self.alpha} with groups={groups}, more than {channels} channels; an example's own "
                 "moments are weighed by channel: set alpha=0"
             )
+        self.groups = self.options["groups"] = groups
+        self.can_weigh = groups <= channels
         if self.running_mean is not None and self.running_var is not None:
             self.running_mean, self.running_var = self._grouped(self.running_mean, self.running_var)
 

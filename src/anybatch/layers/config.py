@@ -52,6 +52,6 @@ class NormConfig(ABC):
         """Whether the converter has to run the model once, to see what stands around its norms."""
         return self.needs_map or self.needs_flow
 
-    def at(self, around: Surroundings) -> "NormConfig | str":
-        """What a norm that stands like this becomes; a string says why it is left alone."""
-        return self
+    def at(self, around: Surroundings) -> "tuple[NormConfig, str]":
+        """The config for a norm that stands like this, and why it is another than this one."""
+        return self, ""

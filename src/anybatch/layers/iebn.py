@@ -32,6 +32,7 @@ from .cbn import CBN, CrossIterationBatchNorm
 from .config import NormConfig
 from .options import check_choice, check_whole
 from .surroundings import Surroundings
+from .torch_own import BN
 
 __all__ = ["IEBN", "InstanceEnhancementBatchNorm", "InstanceEnhancementCrossIterationBatchNorm"]
 
@@ -76,8 +77,12 @@ class _Gated(NormLayer):
             return self.pass_empty(y)
         channel = self.channel_moments()
         with torch.autocast(y.device.type, enabled=False):
-            y, mean, var = measure(y, by_example=True)
-            by = pool_batch(mean, var) if channel is None else self.weigh((mean, var), channel)
+            if channel is None or self.alpha:
+                y, mean, var = measure(y, by_example=True)
+                by = pool_batch(mean, var) if channel is None else self.weigh((mean, var), channel)
+            else:
+                mean = position_mean(y)
+                by = channel[0].to(mean.dtype), channel[1].to(mean.dtype)
             return normalise_by(y, *by, self.gain(mean), self.bias, self.eps)
 
     @property
@@ -203,8 +208,9 @@ class IEBN(NormConfig):
         """True where shortcuts stay plain."""
         return self.shortcuts == "plain"
 
-    def at(self, around: Surroundings) -> NormConfig | str:
-        """The norms of shortcuts have no gate, where those stay plain: BatchNorm as it is, or CBN with a window."""
+    def at(self, around: Surroundings) -> tuple[NormConfig, str]:
+        """The norms of shortcuts have no gate, where those stay plain: BatchNorm, or CBN with a window."""
         if not around.shortcut or self.shortcuts == "converted":
-            return self
-        return "the norm of a shortcut: IEBN leaves those plain" if self.window == 1 else CBN(window=self.window)
+            return self, ""
+        plain = BN() if self.window == 1 else CBN(window=self.window)
+        return plain, f"the norm of a shortcut: {type(plain).__name__}, without a gate"

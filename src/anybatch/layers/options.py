@@ -18,9 +18,10 @@ def check_whole(what: str, name: str, value: Any, least: int = 1, none: bool = F
 
 
 def check_number(what: str, name: str, value: Any, low: float, high: float = float("inf")) -> None:
-    """Refuse all but numbers from ``low`` to ``high``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        within = f"from {low:g} to {high:g}" if high < float("inf") else f"of at least {low:g}"
+    """Refuse all but finite numbers from ``low`` to ``high``."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value <= high or value == float("inf"):
+        within = f"from {low:g} to {high:g}" if high < float("inf") else f"of at least {low:g}, and finite"
         raise AnybatchError(f"{what}: {name}={value!r}; give a number {within}")
 
 
@@ -36,8 +37,11 @@ def check_flag(what: str, name: str, value: Any) -> None:
         raise AnybatchError(f"{what}: {name}={value!r}; give True or False")
 
 
-def check_divides(what: str, name: str, value: int, channels: int) -> None:
-    """Refuse all but divisors of ``channels``."""
-    if channels % value:
+def check_divides(what: str, name: str, value: int, channels: int, multiples: bool = False) -> None:
+    """Refuse all but divisors of ``channels``, and its multiples if ``multiples``."""
+    if channels % value and not (multiples and value % channels == 0):
         divisors = ", ".join(str(d) for d in range(1, channels + 1) if channels % d == 0)
-        raise AnybatchError(f"{what}: {name}={value} does not divide {channels} channels; choose one of {divisors}")
+        more = f", or a multiple of {channels}" if multiples else ""
+        raise AnybatchError(
+            f"{what}: {name}={value} does not divide {channels} channels; choose one of {divisors}{more}"
+        )

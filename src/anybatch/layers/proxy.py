@@ -27,11 +27,10 @@ from ..core.moments import compute_dtype, pool
 from ..core.quadrature import QUADRATURES, standard_normal
 from ..core.step import normalise_by
 from ..core.tensors import version
-from ..errors import AnybatchError
 from .awaiting import Activation, await_activation
 from .base import NormLayer
 from .config import NormConfig
-from .options import check_choice, check_number, check_whole
+from .options import check_choice, check_divides, check_number, check_whole
 from .surroundings import ACTIVATIONS, Surroundings
 
 __all__ = ["ProxyNorm", "ProxyNormalization"]
@@ -79,7 +78,9 @@ class ProxyNormalization(NormLayer):
     }
     adds = ("proxy_weight", "proxy_bias")
     can_weigh = False
+    uses_running = False
     takes_single_values = True  # of a channel: an example has others
+    called = True  # by the converter's example run
     activation: str
     base: str
     groups: int
@@ -117,12 +118,8 @@ class ProxyNormalization(NormLayer):
             points=points,
             proxy_eps=proxy_eps,
         )
-        if base == "group" and num_features % groups:
-            divisors = [d for d in range(1, num_features + 1) if num_features % d == 0]
-            raise AnybatchError(
-                f"ProxyNorm: groups={groups} does not divide num_features={num_features}; choose one of "
-                f"{', '.join(map(str, divisors))}"
-            )
+        if base == "group":
+            check_divides("ProxyNorm", "groups", groups, num_features)
         self._cache: tuple[list[Any], tuple[Tensor, Tensor]] | None = None
         if activation:
             self._make_proxy(device, dtype)
@@ -144,6 +141,7 @@ class ProxyNormalization(NormLayer):
 
     def meet(self, around: Surroundings) -> None:
         """Expect the activation that the converter found."""
+        self.called = around.called
         self.activation = self.options["activation"] = around.activation
         if self.activation:
             like = self.weight if self.weight is not None else self.running_mean
@@ -152,9 +150,10 @@ class ProxyNormalization(NormLayer):
     @property
     def note(self) -> str:
         """The activation."""
-        return (
-            f"then {self.activation}" if self.activation else "no activation after it: scale only, its bias is unused"
-        )
+        if self.activation:
+            return f"then {self.activation}"
+        why = "no activation after it" if self.called else "the example run never called it"
+        return f"{why}: scale only, its bias is unused"
 
     @property
     def foldable(self) -> bool:

@@ -39,9 +39,11 @@ class Surroundings:
         activation: the elementwise function that alone takes its output, as torch calls it ("relu", "silu", ...);
             empty where there is none.
         shortcut: it normalises the projection of a residual block's shortcut.
+        called: the example run called it; where there was none, or nobody asked, it counts as called.
     """
 
     feeds: tuple[Fed, ...] = ()
     exclusive: bool = True
     activation: str = ""
     shortcut: bool = False
+    called: bool = True

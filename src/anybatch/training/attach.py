@@ -55,7 +55,10 @@ def _end(layers: Sequence["weakref.ref[Any]"], hook: RemovableHandle) -> None:
 def attach(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]) -> Attached:
     """Let the model's layers know, by the optimizer's own hook, when it makes a step; once, before training.
 
-    Layers that need no such signal are none the worse for it. A step that a gradient scaler skips is no step.
+    Layers that need no such signal are none the worse for it. A step that a gradient scaler skips is no step, but fused
+    optimizers are called then too, which ends the accumulated batch early and does no harm. An optimizer that moves the
+    weights between several evaluations of its closure, such as LBFGS, gives its signal after the last one only: it is
+    not for layers that gather. A new optimizer is attached anew.
 
     Args:
         model: converted; its layers at the time of the call.

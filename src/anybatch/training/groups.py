@@ -3,7 +3,8 @@
     penalty = wd / 2 * ( (gamma - 1)^2 + beta^2 )
 
 An optimizer decays towards 0. So around each of its steps the gammas are shifted by -1: it then sees gamma - 1, and
-what it does to decay that, coupled as SGD or decoupled as AdamW, is exact. The shift rides on torch's hooks for steps
+what it does to decay that, coupled as SGD or decoupled as AdamW, is exact. (An optimizer that scales its step by the
+size of a parameter, as Adafactor, takes the size of gamma - 1.) The shift rides on torch's hooks for steps
 of any optimizer, innermost, so that no other hook sees it, and touches only groups made here.
 """
 
@@ -12,10 +13,12 @@ from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import AnybatchError
 from ..layers.base import NormLayer
@@ -26,13 +29,15 @@ __all__ = ["param_groups"]
 _TARGET = "decays_to"
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _watching: list[RemovableHandle] = []  # the hook on every optimizer's steps, from the first call on
-_shifting: MutableMapping[torch.optim.Optimizer, tuple[RemovableHandle, RemovableHandle]] = weakref.WeakKeyDictionary()
+_shifting: MutableMapping[Optimizer, tuple[RemovableHandle, RemovableHandle]] = weakref.WeakKeyDictionary()
+_shifts: MutableMapping[Optimizer, "weakref.ref[_Shift]"] = weakref.WeakKeyDictionary()  # of the last step
+_held: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()  # gammas that are shifted now
 
 
 def param_groups(model: nn.Module, weight_decay: float, norm_weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """A model's parameters as groups for an optimizer: norms decay gamma towards 1 and beta towards 0, exactly.
 
-    Give the groups to any optimizer: ``torch.optim.SGD(ab.param_groups(model, 5e-4, 5e-4), lr=0.1)``. Closures,
+    Give the groups to an optimizer: ``torch.optim.SGD(ab.param_groups(model, 5e-4, 5e-4), lr=0.1)``. Closures,
     gradient scalers, schedulers and the optimizer's state_dict work as ever. Convert the model first.
 
     Args:
@@ -79,15 +84,51 @@ def _norm_parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, float | N
                 yield parameter, decays_to.get(name)
 
 
-def _gammas(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, float]]:
-    groups = [group for group in optimizer.param_groups if group.get(_TARGET) and group.get("weight_decay")]
-    return [(parameter, group[_TARGET]) for group in groups for parameter in group["params"]]
+class _Shift:
+    """The gammas of one optimizer, shifted for the length of one step.
+
+    The step may raise, and no hook runs then: what holds the shift alive is the step's own frame, and the end of the
+    shift puts the gammas back.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._groups = [group for group in optimizer.param_groups if group.get(_TARGET) and group.get("weight_decay")]
+        self._shifted: list[tuple[nn.Parameter, Tensor, float]] = []
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Shift what the step will change: not a gamma without gradient, nor one that a step around this one holds."""
+        for group in self._groups:
+            for gamma in group["params"]:
+                if gamma.grad is not None and gamma not in _held:
+                    _held[gamma] = True
+                    self._shifted.append((gamma, gamma.detach().clone(), group[_TARGET]))
+                    gamma.sub_(group[_TARGET])
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """Put the gammas back, each with what the step has changed: to the bit where that is nothing."""
+        while self._shifted:
+            gamma, before, target = self._shifted.pop()
+            gamma.copy_(before + (gamma - (before - target)))
+            _held.pop(gamma, None)
+
+    __del__ = release
 
 
-def _prepare(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
+class _Kwargs(dict[str, Any]):
+    """The keyword arguments of a step, which live as long as it runs."""
+
+    shift: _Shift
+
+
+def _prepare(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
     """Before any other hook of a step: make sure that ours run last before it and first after it."""
-    if not _gammas(optimizer):
+    if not any(group.get(_TARGET) for group in optimizer.param_groups):
         return
+    last = _shifts[optimizer]() if optimizer in _shifts else None
+    if last is not None:  # a step that raised, and whose frame someone keeps
+        last.release()
     if optimizer not in _shifting:
         _shifting[optimizer] = optimizer.register_step_pre_hook(_before), optimizer.register_step_post_hook(_after)
     before, after = _shifting[optimizer]
@@ -95,26 +136,26 @@ def _prepare(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]
     optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
 
 
-@torch.no_grad()
-def _shift(optimizer: torch.optim.Optimizer, sign: float) -> None:
-    for parameter, target in _gammas(optimizer):
-        parameter.add_(sign * target)
-
-
-def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
+def _before(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> tuple[Any, _Kwargs]:
+    shift = _Shift(optimizer)
+    _shifts[optimizer] = weakref.ref(shift)
+    shift.hold()
     closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
-    _shift(optimizer, -1.0)
-    if closure is None:
-        return None
 
     def unshifted() -> Any:
-        _shift(optimizer, 1.0)  # and so it stays if the closure raises, since the step then ends
-        loss = closure()
-        _shift(optimizer, -1.0)
+        shift.release()  # and so it stays if the closure raises, since the step then ends
+        loss = closure()  # type: ignore[misc]
+        shift.hold()
         return loss
 
-    return args[:1], {**kwargs, "closure": unshifted}
+    new = _Kwargs(kwargs)
+    new.shift = shift
+    if closure is None:
+        return args, new
+    new["closure"] = unshifted
+    return args[:1], new
 
 
-def _after(optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
-    _shift(optimizer, 1.0)
+def _after(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
+    assert isinstance(kwargs, _Kwargs)  # what _before gave
+    kwargs.shift.release()
