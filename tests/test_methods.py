@@ -1,6 +1,7 @@
 """The table, the configs, and what they answer to a slip of the pen."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,3 +121,32 @@ def test_frozen_statistics_stay_while_the_batch_is_used() -> None:
     norm(torch.randn(4, 3) + 5)
     assert (norm.running_mean == 0).all()
     assert norm.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("groupnorm", "did you mean gn"),
+        ("batchnorm", "did you mean bn"),
+        ("cbn(windw=3)", "the options of cbn are: window, gradient"),
+        ("bn(groups=3)", "the options of bn are: none"),
+    ],
+)
+def test_slips_are_answered_with_what_there_is(text: str, said: str) -> None:
+    with pytest.raises(ab.AnybatchError, match=said):
+        ab.parse_method(text)
+    assert ab.parse_method("CBN") == ab.CBN()
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", ab.METHODS)
+def test_every_method_has_its_page(name: str) -> None:
+    """Found from the README, with what it did in our runs."""
+    row = ab.METHODS[name]
+    page = (ROOT / "docs" / "methods" / f"{row.page}.md").read_text()
+    assert f"docs/methods/{row.page}.md" in (ROOT / "README.md").read_text()
+    assert f"ab.{type(row.config).__name__}" in page
+    assert "\n## In our runs\n" in page
+    assert "RESULTS" not in page

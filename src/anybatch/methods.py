@@ -7,6 +7,7 @@ nn.py, are a decision of their own.)
 
 import ast
 import difflib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -216,19 +217,25 @@ def parse_method(text: str) -> NormConfig:
     Raises:
         AnybatchError: an unknown method (the closest names are given), an unknown option or a value out of range.
     """
-    name, _, rest = text.strip().partition("(")
+    typed, _, rest = text.strip().partition("(")
+    name = typed.strip().lower()
     if name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, cutoff=0.3) or list(METHODS)
+        known = {known: row.name for row in METHODS.values() for known in (row.name, row.label.lower())}
+        close = difflib.get_close_matches(name, known, cutoff=0.4)
+        meant = dict.fromkeys(known[match] for match in close) or METHODS
         raise AnybatchError(
-            f"unknown method {name!r}; did you mean {' or '.join(close)}? (`anybatch methods` lists all)"
+            f"unknown method {typed!r}; did you mean {' or '.join(meant)}? (`anybatch methods` lists all)"
         )
     try:
         call = ast.parse(f"f({rest}" if rest else "f()", mode="eval").body
         if not isinstance(call, ast.Call) or call.args:
             raise SyntaxError("options are given by name")
-        options = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-        return METHODS[name].make(**options)
+        given = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        return METHODS[name].make(**given)
     except (SyntaxError, TypeError) as error:
-        raise AnybatchError(f"method {text!r}: {error}; write it like cbn(window=16)") from error
+        options = ", ".join(inspect.signature(METHODS[name].make).parameters) or "none"
+        raise AnybatchError(
+            f"method {text!r}: {error}; write it like cbn(window=16); the options of {name} are: {options}"
+        ) from error
     except AnybatchError as error:
         raise AnybatchError(f"method {text!r}: {error}") from error

@@ -246,8 +246,13 @@ def _row(
         return replace(row, action="left", reason=why or "it is what was asked for")
     notes = [why, layer.note if isinstance(layer, NormLayer) else "", _went(norm, layer)]
     group, added = joining
-    if added and group is None and optimized:
-        notes.append("its new parameters are in no optimizer group")
+    if added:
+        new = {id(p) for p in added}
+        notes.append("adds " + " and ".join(key for key, p in layer.named_parameters(recurse=False) if id(p) in new))
+        if group is None and optimized:
+            notes.append("its new parameters are in no optimizer group")
+        if group is not None and group.get("weight_decay"):
+            notes.append(f"which decay with its weight, by {group['weight_decay']}")
     if pairing is not None:
         notes += [pairing.reason, pairing.shared and f"not foldable: {pairing.shared}", pairing.note]
     fed_by = tuple(feed.name for feed in pairing.feeds) if pairing is not None else ()

@@ -119,7 +119,10 @@ def _pairings(model: nn.Module, norms: dict[str, _BatchNorm], example_inputs: An
             found[name] = Pairing(tuple(Feed(names[module], module) for module in maps), shared=shared)
     if unknown and example_inputs is not None:
         return found | pair(model, unknown, example_inputs)
-    return found | dict.fromkeys(unknown, Pairing(reason="which map feeds it is not known: pass example_inputs"))
+    return found | dict.fromkeys(
+        unknown,
+        Pairing(reason="which map feeds it is not known yet: pass example_inputs, what one forward of the model takes"),
+    )
 
 
 def _refusal(norm: _BatchNorm, pairing: Pairing) -> str:
@@ -127,6 +130,8 @@ def _refusal(norm: _BatchNorm, pairing: Pairing) -> str:
         return reason
     if norm.running_mean is None or norm.running_var is None:
         return "it keeps no running statistics"
+    if alpha := getattr(norm, "alpha", 0.0):
+        return f"it evaluates with alpha={alpha} of an example's own moments: weigh_examples_(model, 0) takes that back"
     if not getattr(norm, "foldable", True):
         return f"{type(norm).__name__} in evaluation is more than a scale and a shift per channel"
     if pairing.reason or pairing.shared:

@@ -43,9 +43,9 @@ def weigh_examples_(model: nn.Module, alpha: float) -> Report:
     """
     check_number("weigh_examples_", "alpha", alpha, 0, 1)
     refuse_wrapped("weigh_examples_", model)
-    rows = {name: _row(name, norm) for name, norm in batch_norms(model).items()}
+    rows = {name: _row(name, norm, alpha) for name, norm in batch_norms(model).items()}
     if all(row.action == "left" for row in rows.values()):
-        said = "; ".join(f"'{row.name}': {row.reason}" for row in list(rows.values())[:5]) or "it has no BatchNorm"
+        said = "; ".join(dict.fromkeys(row.reason for row in rows.values())) or "it has no BatchNorm"
         raise AnybatchError(f"weigh_examples_: no norm of the model keeps running moments to weigh: {said}")
     if "" in rows and not isinstance(model, NormLayer):
         raise AnybatchError("weigh_examples_: the model itself is the norm and cannot be replaced; wrap it")
@@ -116,8 +116,8 @@ def tune_example_weight(
     return ExampleWeights(max(scores, key=lambda alpha: scores[alpha]), scores, examples)
 
 
-def _row(name: str, norm: _BatchNorm) -> Row:
-    row = Row(name, type(norm).__name__, (norm.num_features,), action="weighed")
+def _row(name: str, norm: _BatchNorm, alpha: float) -> Row:
+    row = Row(name, type(norm).__name__, (norm.num_features,), action="weighed", reason=f"alpha={alpha}")
     reason = obstacle(norm)
     if not reason and (norm.running_mean is None or norm.running_var is None):
         reason = "it keeps no running statistics"

@@ -189,7 +189,7 @@ class AccumulatedBatchNorm(NormLayer):
         if not self._optimizers:
             raise AnybatchError(
                 f"{name}: a second training forward, and no optimizer tells the "
-                "layer when it steps; call ab.attach(model, optimizer) once before training"
+                "layer when it steps; call ab.attach(model, optimizer) once, after converting and before training"
             )
         if weight is not None and weight is batch.weight and version(weight) != batch.version:
             raise AnybatchError(

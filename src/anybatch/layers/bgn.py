@@ -157,6 +157,13 @@ class BatchGroupNormalization(NormLayer):
             )
         self.size = size
 
+    @property
+    def note(self) -> str:
+        """What the groups are, where it is not plain."""
+        if self.groups is None:
+            return "groups settled by the first training batch"
+        return "groups are slices of channels: one input size, not foldable" if self._slices > 1 else ""
+
     def normalise(self, y: Tensor) -> Tensor:
         """By the moments of the groups, which go into the running statistics."""
         groups = self.groups or self._choose(len(y))
