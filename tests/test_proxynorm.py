@@ -224,7 +224,7 @@ def test_a_stock_resnet() -> None:
     notes = {row.name: row.reason for row in report.converted}
     without = "no activation after it: scale only, its bias is unused"
     assert notes == {
-        "bn1": "then relu", "layer1.bn1": "then relu", "layer1.bn2": without, "layer2.bn1": "then relu",
+        "bn1": "then relu; adds proxy_weight and proxy_bias", "layer1.bn1": "then relu; adds proxy_weight and proxy_bias", "layer1.bn2": without, "layer2.bn1": "then relu; adds proxy_weight and proxy_bias",
         "layer2.bn2": without, "layer2.downsample.1": without,
     }  # fmt: skip
     assert [n for n in model.state_dict() if n in names] == names
@@ -260,7 +260,7 @@ def test_the_report_names_a_norm_that_the_example_run_never_called() -> None:
     notes = {row.name: row.reason for row in report.rows}
     assert notes == {
         "0.idle": "the example run never called it: scale only, its bias is unused",
-        "1": "then relu",
+        "1": "then relu; adds proxy_weight and proxy_bias",
     }
 
 
