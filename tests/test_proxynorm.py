@@ -23,6 +23,8 @@ D = torch.float64
 SHAPES = [(5, 4), (1, 4), (3, 4, 7), (2, 4, 5, 3), (1, 4, 1, 1), (3, 4, 2, 3, 2)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
+THEN_RELU = "then relu; adds proxy_weight and proxy_bias"
+
 
 def by_channel(v: Tensor, x: Tensor) -> Tensor:
     return v.view(1, -1, *[1] * (x.dim() - 2))
@@ -224,7 +226,7 @@ def test_a_stock_resnet() -> None:
     notes = {row.name: row.reason for row in report.converted}
     without = "no activation after it: scale only, its bias is unused"
     assert notes == {
-        "bn1": "then relu; adds proxy_weight and proxy_bias", "layer1.bn1": "then relu; adds proxy_weight and proxy_bias", "layer1.bn2": without, "layer2.bn1": "then relu; adds proxy_weight and proxy_bias",
+        "bn1": THEN_RELU, "layer1.bn1": THEN_RELU, "layer1.bn2": without, "layer2.bn1": THEN_RELU,
         "layer2.bn2": without, "layer2.downsample.1": without,
     }  # fmt: skip
     assert [n for n in model.state_dict() if n in names] == names
@@ -260,7 +262,7 @@ def test_the_report_names_a_norm_that_the_example_run_never_called() -> None:
     notes = {row.name: row.reason for row in report.rows}
     assert notes == {
         "0.idle": "the example run never called it: scale only, its bias is unused",
-        "1": "then relu; adds proxy_weight and proxy_bias",
+        "1": THEN_RELU,
     }
 
 
