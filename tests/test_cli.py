@@ -169,7 +169,7 @@ def test_bench_from_end_to_end(tmp_path: Path) -> None:
         code, output = run("bench", *options, "--image-size", "8", "--format", "channels_last", "--out", str(out))
         assert code == 0, output
         assert "CBN" in output
-        assert output.splitlines()[-1].startswith("To repeat: anybatch ")
+        assert output.splitlines()[-1].startswith("To repeat: anybatch")
         lines = [json.loads(line) for line in (out / "bench.jsonl").read_text().splitlines()]
         assert len(lines) == 3 * times
     assert lines[-3]["config"]["format"] == "channels_last"
