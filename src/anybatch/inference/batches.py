@@ -1,13 +1,23 @@
-"""Batches of a loader: how a model runs on one, and how many examples it has."""
+"""A loader and its batches: whether it is one, how a model runs on a batch, and how many examples that has."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import AnybatchError
 
-__all__ = ["examples_in", "run_on"]
+__all__ = ["check_loader", "examples_in", "run_on"]
+
+
+def check_loader(call: str, loader: Any) -> None:
+    """Refuse what yields no batches; a tensor would yield single examples.
+
+    Raises:
+        AnybatchError: naming what it is.
+    """
+    if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+        raise AnybatchError(f"{call}: the loader is a {type(loader).__name__}; give something that yields batches")
 
 
 def run_on(call: str, model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None) -> Any:

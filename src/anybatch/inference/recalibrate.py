@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..core.moments import Moments, moments, pool
 from ..errors import AnybatchError
 from ..layers.base import NormLayer
-from .batches import examples_in, run_on
+from .batches import check_loader, examples_in, run_on
 
 __all__ = ["recalibrate_"]
 
@@ -45,10 +45,7 @@ def recalibrate_(
     Raises:
         AnybatchError: no batch, no norm reached that uses running statistics, or moments that are not finite.
     """
-    if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
-        raise AnybatchError(
-            f"recalibrate_: the loader is a {type(loader).__name__}; give something that yields batches"
-        )
+    check_loader("recalibrate_", loader)
     if batches is not None and batches < 1:
         raise AnybatchError(f"recalibrate_: batches={batches}; give at least 1, or None for the whole loader")
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}

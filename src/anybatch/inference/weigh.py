@@ -17,7 +17,7 @@ from ..errors import AnybatchError
 from ..layers.base import NormLayer
 from ..layers.options import check_number
 from ..layers.weighed import ExampleWeighedBatchNorm
-from .batches import examples_in, run_on
+from .batches import check_loader, examples_in, run_on
 
 __all__ = ["ExampleWeights", "tune_example_weight", "weigh_examples_"]
 
@@ -94,10 +94,7 @@ def tune_example_weight(
         raise AnybatchError("tune_example_weight: no candidates; give values of alpha from 0 to 1")
     for alpha in candidates:
         check_number("tune_example_weight", "alpha", alpha, 0, 1)
-    if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
-        raise AnybatchError(
-            f"tune_example_weight: the loader is a {type(loader).__name__}; give something that yields batches"
-        )
+    check_loader("tune_example_weight", loader)
     totals, examples = dict.fromkeys(sorted(float(alpha) for alpha in candidates), 0.0), 0
     with _weighing(model) as names:
         for batch in loader:

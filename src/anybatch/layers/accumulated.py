@@ -18,10 +18,9 @@ Backward, with y_hat by the pooled moments, a = gamma / sqrt(var_bar + eps) and 
     'share':           dy = a ( g - s_i E[g] - ... ), the derivative with micro-batches 1..i-1 held constant, which
                        leaves out what they give and is not blind to the scale of the weights before the layer
 
-Running statistics move once an
-accumulated batch, by torch's momentum and towards its Bessel-corrected moments as far as they are known; every
-micro-batch takes that move back and makes it anew, so that evaluation is right at any time. What others wrote there in
-the meantime is no such move: it is what the move starts from then on.
+Running statistics move once an accumulated batch, by torch's momentum and towards its Bessel-corrected moments as far
+as they are known; every micro-batch takes that move back and makes it anew, so that evaluation is right at any time.
+What others wrote there in the meantime is no such move: it is what the move starts from then on.
 
 Deviations from CmBN: pooling by number of values and by parts instead of a running average, so unequal micro-batches
 count as what they are; a new accumulated batch starts by the optimizer's own hook.
