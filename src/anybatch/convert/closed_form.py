@@ -36,7 +36,7 @@ def mismatch(module: nn.Module, x: Tensor, y: Tensor) -> str:
     assert linear is not None
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
-    if y.dim() != weight.dim() or y.shape[1] != linear.channels(weight):
+    if y.dim() != weight.dim() or y.shape[1] != linear.rows_shape(weight)[0]:
         return f"its channels are not the map's output channels (input of shape {tuple(y.shape)})"
     if not torch.isfinite(y).all():
         return "its input was not finite in the example run"

@@ -41,6 +41,7 @@ def convert_(
     example_inputs: Any = None,
     where: Where = None,
     optimizer: Optimizers = None,
+    process_group: Any = None,
 ) -> Report:
     """Turn the BatchNorms of a model into another method, in place; if anything raises, the model is as before.
 
@@ -56,6 +57,8 @@ def convert_(
         where: which norms: a function of (name, module), or glob patterns on names; all by default.
         optimizer: one or several that hold the model's parameters; parameters that the method adds join the group of
             the norm's weight.
+        process_group: of torch.distributed, the ranks that a method with ``sync=True`` pools moments over; all by
+            default.
 
     Returns:
         What was done to every norm, and why. ``print`` it.
@@ -68,6 +71,8 @@ def convert_(
         raise AnybatchError(
             f"convert_: the config is {config!r}; give an instance such as ab.CBN(window=8), or ab.parse_method('cbn')"
         )
+    if process_group is not None and not getattr(config, "sync", False):
+        raise AnybatchError("convert_: a process_group is for a config with sync=True, e.g. ab.CBN(sync=True)")
     refuse_wrapped("convert_", model)
     reasons = select("convert_", model, where)
     found = batch_norms(model)
@@ -87,6 +92,7 @@ def convert_(
             if isinstance(layer, NormLayer):
                 undo.callback(_unfollow, layer)
                 layer.meet(around[name])
+                layer.process_group = process_group
         joining = {name: _newcomers(name, norm, layers[name], optimizer) for name, norm in norms.items()}
         undo.pop_all()
 

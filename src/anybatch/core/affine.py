@@ -39,6 +39,8 @@ def scale_and_shift(
 
 def normalise(y: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Out = weight * (y - mean) / sqrt(var + eps) + bias, per channel, with given moments."""
+    if not y.numel():  # torch's kernels take no empty batch
+        return torch.empty_like(y)
     weight, bias = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
     return F.batch_norm(y, mean, var, weight, bias, False, 0.0, eps)
 
@@ -52,6 +54,8 @@ def normalise_backward(
         a * g with a = weight / sqrt(var + eps), and (sum g, sum g * y_hat), which are also the gradients of bias and
         weight.
     """
+    if not y.numel():
+        return torch.empty_like(y), Reductions(torch.zeros_like(mean), torch.zeros_like(mean))
     weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
     g, y = _plain_stride(g), _plain_stride(y)
     grad_y, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(

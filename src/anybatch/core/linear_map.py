@@ -74,9 +74,12 @@ class LinearMap:
         per_group = weight.view(self.groups, -1, *weight.shape[1:]).transpose(1, 2)  # (G, C/G, C_in/G, *kernel)
         return per_group.flatten(0, 1).flatten(1)
 
-    def channels(self, weight: Tensor) -> int:
-        """C, the number of output channels."""
-        return weight.shape[1] * self.groups if self.transposed else weight.shape[0]
+    def rows_shape(self, weight: Tensor) -> tuple[int, int]:
+        """(C, K), read from the shape of the weight alone."""
+        first, *rest = weight.shape
+        if not self.transposed:
+            return first, math.prod(rest)
+        return rest[0] * self.groups, first // self.groups * math.prod(rest[1:])
 
     def mean_patch(self, x: Tensor, output_size: tuple[int, ...]) -> Tensor:
         """E[p], (G, K): the mean over examples and output positions of the input patch.
@@ -147,11 +150,10 @@ class LinearMap:
 
     def _taps(self, d: int, input_size: int, output_size: int, like: Tensor) -> Tensor:
         geometry = (self.kernel[d], self.stride[d], self.dilation[d], self.pads[d], self.padding_mode, self.transposed)
-        return _tap_counts(*geometry, input_size, output_size, like.dtype, like.device)
+        count = _tap_counts if torch.compiler.is_compiling() else _cached_tap_counts
+        return count(*geometry, input_size, output_size, like.dtype, like.device)
 
 
-@lru_cache(maxsize=1024)
-@torch.inference_mode(False)  # what is cached must serve training too
 def _tap_counts(
     kernel: int,
     stride: int,
@@ -177,3 +179,7 @@ def _tap_counts(
         counts = torch.zeros(kernel, input_size + 1, dtype=dtype)
         counts = counts.scatter_add_(1, read, torch.ones((), dtype=dtype).expand_as(read))[:, 1:]
     return counts.to(device)
+
+
+# What is cached must serve training too.
+_cached_tap_counts = lru_cache(maxsize=1024)(torch.inference_mode(False)(_tap_counts))

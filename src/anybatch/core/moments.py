@@ -18,7 +18,7 @@ class Moments(NamedTuple):
 
     mean: Tensor  # (C,) float32 or better
     var: Tensor  # (C,) float32 or better, divided by size
-    size: int  # values per channel, m = N * positions
+    size: int | Tensor  # values per channel, m = N * positions; a () tensor where only the device knows
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -29,10 +29,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def moments(x: Tensor) -> Moments:
     """Mean and population variance of each channel of ``x`` (N, C, *), over N and *.
 
-    mean_c = 1/m sum x_c,  var_c = 1/m sum (x_c - mean_c)^2, in two passes, float32 or better.
+    mean_c = 1/m sum x_c,  var_c = 1/m sum (x_c - mean_c)^2, in two passes, float32 or better. Zeros where x is empty.
     """
     size = x.numel() // x.shape[1]
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+    if not size:
+        zeros = x.new_zeros(x.shape[1], dtype=compute_dtype(x.dtype))
+        return Moments(zeros, zeros.clone(), 0)
+    fast = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    if fast and not torch.compiler.is_compiling():  # a compiler makes its own of var_mean
         # torch's own BatchNorm kernel: two passes, accumulated in float64, several times var_mean's speed on CPU.
         mean, var = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0)
         return Moments(mean, var, size)

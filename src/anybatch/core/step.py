@@ -70,7 +70,7 @@ class _Measure(torch.autograd.Function):
         now = moments(_rows(y, examples))
         mean, var = now.mean.view(examples, -1), now.var.view(examples, -1)
         ctx.save_for_backward(y, mean)
-        ctx.size = now.size
+        ctx.size = max(now.size, 1)
         # An alias and not a view: that would change the stride of a single example, which misleads torch's kernels.
         return torch.ops.aten.alias(y), mean, var
 

@@ -24,7 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Carried", "Entries", "carry", "history_gradient", "mean_response", "variance_response"]
+from .ranks import Group, total
+
+__all__ = ["Carried", "Entries", "Responses", "carry", "history_gradient", "responses"]
 
 
 class Entries(NamedTuple):
@@ -48,21 +50,44 @@ class Carried(NamedTuple):
     var_by_covariance: Tensor  # (C, T)
 
 
-def mean_response(patch: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-    """<E[p], W_c> + b_c for patches (G, T, K) and weights (C, K): (C, T)."""
-    out = torch.matmul(_by_group(rows, patch), patch.transpose(1, 2)).flatten(0, 1)
-    return out if bias is None else out + bias.unsqueeze(1)
+class Responses(NamedTuple):
+    """What patches and covariances say of weights."""
+
+    mean: Tensor  # (C, T) <E[p], W_c> + b_c
+    var: Tensor  # (C, T) <E[(y - mean) p]_c, W_c>
 
 
-def variance_response(covariance: Tensor, rows: Tensor) -> Tensor:
-    """<E[(y - mean) p]_c, W_c> for covariances (C, T, K) and weights (C, K): (C, T)."""
-    return torch.bmm(covariance, rows.unsqueeze(2)).squeeze(2)
+def responses(
+    past: Entries, patch: Tensor, covariance: Tensor, rows: Tensor, bias: Tensor | None, group: Group = None
+) -> tuple[Responses, Responses]:
+    """Responses to the weights ``rows`` (C, K) and ``bias`` (C,): of past entries, and of the current batch (T = 1).
+
+    Args:
+        past: T entries.
+        patch: (G, K) of the current batch.
+        covariance: (C, K) likewise.
+        rows: W.
+        bias: b.
+        group: the ranks whose parts of patches and covariances add up to the whole.
+    """
+    by_mean = torch.cat([_by_patch(past.patch, rows), _by_patch(patch.unsqueeze(1), rows)], 1)
+    by_var = torch.cat([torch.bmm(c, rows.unsqueeze(2)).squeeze(2) for c in (past.covariance, covariance[:, None])], 1)
+    if group is not None:
+        by_mean, by_var = total(torch.stack([by_mean, by_var]), group).unbind()
+    if bias is not None:
+        by_mean = by_mean + bias.unsqueeze(1)
+    t = len(past.sizes)
+    return Responses(by_mean[:, :t], by_var[:, :t]), Responses(by_mean[:, t:], by_var[:, t:])
 
 
-def carry(past: Entries, rows: Tensor, bias: Tensor | None, second_moment: bool) -> Carried:
-    """Carry the moments of past batches over to the weights ``rows`` (C, K) and ``bias`` (C,)."""
-    delta = mean_response(past.patch, rows, bias) - past.mean_at
-    response = variance_response(past.covariance, rows)
+def _by_patch(patch: Tensor, rows: Tensor) -> Tensor:
+    """<E[p], W_c> for patches (G, T, K) and weights (C, K): (C, T)."""
+    return torch.matmul(_by_group(rows, patch), patch.transpose(1, 2)).flatten(0, 1)
+
+
+def carry(past: Entries, today: Responses, second_moment: bool) -> Carried:
+    """Carry the moments of past batches over to the weights that they respond to like ``today``."""
+    delta, response = today.mean - past.mean_at, today.var
     mean = past.mean + delta
     if second_moment:
         var = past.var + 2 * (response - past.var_at) - delta.square()

@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["function_name", "version"]
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; one made in inference mode does not count, and gives 0."""
-    return 0 if tensor.is_inference() else tensor._version
+    """How often a tensor was changed in place; 0 for one made in inference mode, and inside a compiled graph."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def function_name(func: Callable[..., Any]) -> str:

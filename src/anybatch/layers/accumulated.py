@@ -38,7 +38,6 @@ from ..core.tensors import version
 from ..errors import AnybatchError
 from .base import NormLayer
 from .config import NormConfig
-from .feed import eager
 from .options import check_choice
 
 __all__ = ["AccumulatedBN", "AccumulatedBatchNorm"]
@@ -81,6 +80,7 @@ class AccumulatedBatchNorm(NormLayer):
         bias: whether an affine layer has beta.
         alpha: the share of the example's own moments in evaluation, see :func:`anybatch.weigh_examples_`.
         gradient: 'whole' or 'share', the equations at the top of this file.
+        sync: pool the batch's moments over the ranks of ``process_group`` (an attribute; torch's default group).
 
     Shape: (N, C, *) -> (N, C, *).
 
@@ -110,12 +110,14 @@ class AccumulatedBatchNorm(NormLayer):
         bias: bool = True,
         alpha: float = 0.0,
         gradient: Literal["whole", "share"] = "whole",
+        sync: bool = False,
     ) -> None:
         super().__init__(
             *(num_features, eps, momentum, affine, track_running_stats, device, dtype),
             bias=bias,
             alpha=alpha,
             gradient=gradient,
+            sync=sync,
         )
         self._optimizers = 0
         self._start_anew()
@@ -151,33 +153,33 @@ class AccumulatedBatchNorm(NormLayer):
     def _start_anew(self) -> None:
         self._batch: _Batch | None = None
 
-    in_full_precision = eager(NormLayer.in_full_precision)
-
     def normalise(self, y: Tensor) -> Tensor:
         """By the moments of the accumulated batch so far; this micro-batch's join them."""
         y, mean, var = measure(y)
-        now = Moments(mean.detach()[0], var.detach()[0], y.numel() // y.shape[1])
+        batch = self.whole(mean, var, y)
+        mean, var, now = batch.mean, batch.var, batch.now
         if self._replay.is_second_run():
             known, values = self._replay.recall(now.mean, 0)
         else:
             with torch.no_grad():
                 known, values = self._known(now)
-                self._gather(now, len(y))
+                self._gather(now, batch.examples)
             self._replay.remember(now.mean, 0, (known, values))
         if known is not None:
             own_mean, own_var = mean, var
             mean, var = _together(mean, var, values, known)
-            if self.gradient == "whole" and values:
+            if self.gradient == "whole" and (isinstance(values, Tensor) or values):
                 mean, centre = _with_gradient(mean, own_mean), mean.detach()
                 var = _with_gradient(var, own_var + (own_mean - centre).square())
         return normalise_by(y, mean, var, self.weight, self.bias, self.eps)
 
-    def _known(self, now: Moments) -> tuple[_Gathered | None, int]:
+    def _known(self, now: Moments) -> tuple[_Gathered | None, int | Tensor]:
         """What a micro-batch is pooled with, and the number of values it adds to that."""
         if self._batch is not None:
             self._check_signal(self._batch)
             return self._batch.pool, now.size
-        if now.size == 1 and self.running_mean is not None and self.running_var is not None:
+        alone = not isinstance(now.size, Tensor) and now.size == 1  # over several ranks whole() has seen to it
+        if alone and self.running_mean is not None and self.running_var is not None:
             # One value has no variance of its own, and there is nothing to pool it with.
             return _Gathered(self.running_mean.clone(), self.running_var.clone(), now.mean.new_ones(())), 0
         return None, now.size
@@ -198,10 +200,10 @@ class AccumulatedBatchNorm(NormLayer):
             )
 
     def _trained_weight(self) -> Tensor | None:
-        weight = self._parameters.get("weight")
+        weight = None if torch.compiler.is_compiling() else self._parameters.get("weight")
         return weight if weight is not None and weight.requires_grad else None
 
-    def _gather(self, now: Moments, examples: int) -> None:
+    def _gather(self, now: Moments, examples: int | Tensor) -> None:
         ok = torch.isfinite((now.mean + now.var).sum())
         mean, var = torch.where(ok, now.mean, 0.0), torch.where(ok, now.var, 0.0)
         size = now.size * ok.to(now.mean.dtype)
@@ -212,9 +214,9 @@ class AccumulatedBatchNorm(NormLayer):
         else:
             mean, var = _together(mean, var, size, batch.pool)
             batch = batch._replace(pool=_Gathered(mean, var, batch.pool.size + size))
-        self._batch = self._tracked(batch, now.size, examples)
+        self._batch = self._tracked(batch, examples)
 
-    def _tracked(self, batch: _Batch, size: int, examples: int) -> _Batch:
+    def _tracked(self, batch: _Batch, examples: int | Tensor) -> _Batch:
         """The batch, its move of the running statistics made anew."""
         if not self.track_running_stats or self.running_mean is None:
             return batch
@@ -229,7 +231,7 @@ class AccumulatedBatchNorm(NormLayer):
         else:
             before = tuple(t.clone() for t in statistics)
         pool = batch.pool
-        self.track_(Moments(pool.mean, pool.var, size), examples, pool.size > 1, values=pool.size)
+        self.track_(Moments(pool.mean, pool.var, pool.size), examples, pool.size > 1)
         return batch._replace(before=before, left=tuple(t.clone() for t in statistics))
 
 
@@ -252,8 +254,10 @@ class AccumulatedBN(NormConfig):
 
     Args:
         gradient: 'whole' (CmBN's) or 'share'.
+        sync: pool moments over ranks.
     """
 
     layer: ClassVar[type[NormLayer]] = AccumulatedBatchNorm
 
     gradient: Literal["whole", "share"] = "whole"
+    sync: bool = False

@@ -5,7 +5,7 @@ torch's BatchNorm on the running statistics, or with ``alpha`` its mixture with 
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,31 +16,19 @@ from ..core.affine import per_channel
 from ..core.moments import Moments, bessel, moments, pool, update_running_
 from ..core.step import measure, normalise_by
 from ..errors import AnybatchError
+from .checks import check_input
 from .fused import keep_tail
-from .options import check_number
+from .options import check_flag, check_number
 from .replay import Replay
 from .surroundings import Surroundings
+from .synced import SyncedLayer
 
-__all__ = ["TORCH_BATCH_NORMS", "NormLayer", "Remembers"]
+__all__ = ["TORCH_BATCH_NORMS", "NormLayer"]
 
 TORCH_BATCH_NORMS: dict[int, type[_BatchNorm]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-_RANKS = {0: (2, 3, 4, 5), 1: (2, 3), 2: (4,), 3: (5,)}
 
 
-@runtime_checkable
-class Remembers(Protocol):
-    """A layer with training state outside of its state_dict, saved by :func:`anybatch.history_state_dict`."""
-
-    histories: dict[int, Any]
-
-    def history_state(self) -> dict[str, Any]:
-        """Copies of the state, as plain tensors by name."""
-
-    def read_history_state(self, state: Mapping[str, Any], where: str) -> dict[int, Any]:
-        """The histories in such a state, checked against the layer ``where``; assigned to ``histories`` they go on."""
-
-
-class NormLayer(_BatchNorm):
+class NormLayer(SyncedLayer):
     """A layer that replaces torch's BatchNorm under the same names.
 
     A method defines :meth:`normalise`, what training does, and what of the other methods differs from BatchNorm.
@@ -94,7 +82,8 @@ class NormLayer(_BatchNorm):
             raise AnybatchError(f"{name}: momentum={momentum!r}; give a number from 0 to 1, or None")
         self.check_options(**options)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-        self.alpha = options.pop("alpha", 0.0)  # not kept among the options: it may be set later
+        # Not kept among the options: they may be set later.
+        self.alpha, self.sync = options.pop("alpha", 0.0), options.pop("sync", False)
         self.options = options
         self._replay = Replay()
         for option, value in options.items():
@@ -102,7 +91,7 @@ class NormLayer(_BatchNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have no runs of this layer to repeat."""
-        return {**self.__dict__, "_replay": Replay()}
+        return {**super().__getstate__(), "_replay": Replay()}
 
     @classmethod
     def check_options(cls, **options: Any) -> None:
@@ -111,6 +100,7 @@ class NormLayer(_BatchNorm):
         Raises:
             AnybatchError: naming the option, its value and what it may be.
         """
+        check_flag(cls.__name__, "sync", options.get("sync", False))
         if "alpha" in options:
             check_number(cls.__name__, "alpha", options["alpha"], 0, 1)
 
@@ -167,43 +157,18 @@ class NormLayer(_BatchNorm):
         return not self.alpha and self.channel_moments() is not None
 
     def check(self, y: Tensor) -> None:
-        """Refuse an input the layer cannot normalise.
-
-        Raises:
-            AnybatchError: wrong number of dimensions or channels, an integer dtype, or another dtype or device than
-                the layer's.
-        """
-        name, shape = type(self).__name__, tuple(y.shape)
-        if y.dim() not in _RANKS[self.dims]:
-            wanted = {0: "(N, C, ...)", 1: "(N, C) or (N, C, L)", 2: "(N, C, H, W)", 3: "(N, C, D, H, W)"}[self.dims]
-            raise AnybatchError(f"{name}: the input has shape {shape}; give it {wanted}")
-        if y.shape[1] != self.num_features:
-            raise AnybatchError(
-                f"{name}: the input has shape {shape}, {y.shape[1]} channels in dim 1, and the layer has "
-                f"num_features={self.num_features}; build it with num_features={y.shape[1]} or mend the input"
-            )
-        if not y.is_floating_point():
-            raise AnybatchError(f"{name}: the input is {y.dtype}; convert it to a floating dtype, e.g. x.float()")
+        """Refuse an input the layer cannot normalise; the first settles the number of dimensions."""
+        check_input(type(self).__name__, y, self.num_features, self.dims, self.weight, self.running_mean)
         self.dims = self.dims or max(1, y.dim() - 2)
-        own = self.weight if self.weight is not None else self.running_mean
-        if own is None:
-            return
-        mixed_precision = y.dtype in (torch.float16, torch.bfloat16) and own.dtype == torch.float32
-        if y.dtype != own.dtype and not mixed_precision:
-            raise AnybatchError(
-                f"{name}: the input is {y.dtype} and the layer {own.dtype}; convert one of them, e.g. model.to(x.dtype)"
-            )
-        if y.device != own.device:
-            raise AnybatchError(
-                f"{name}: the input is on {y.device} and the layer on {own.device}; move one, e.g. model.to(x.device)"
-            )
 
     def forward(self, y: Tensor) -> Tensor:
         """Normalise ``y`` (N, C, *); in training also take its moments into the running statistics."""
         self.check(y)
         # One value a channel has no variance.
         single = y.numel() == self.num_features and not self.takes_single_values and self.running_mean is not None
-        if not self.training or single:
+        if self.training and self.group is not None:
+            out = self.in_full_precision(y)  # whatever it is: the other ranks wait
+        elif not self.training or single:
             out = self.infer(y)
         else:
             out = self.in_full_precision(y) if y.numel() else self.pass_empty(y)
@@ -222,6 +187,9 @@ class NormLayer(_BatchNorm):
         if y.numel() == 0:
             return self.pass_empty(y)
         if channel is not None and not self.alpha:
+            if torch.is_grad_enabled() and y.requires_grad:
+                # Kept for the backward, until which a second forward may write to the buffers (as DDP's do).
+                channel = channel[0].clone(), channel[1].clone()
             return F.batch_norm(y, *channel, self.weight, self.bias, False, 0.0, self.eps)
         with torch.autocast(y.device.type, enabled=False):
             y, mean, var = measure(y, by_example=channel is not None)
@@ -245,11 +213,10 @@ class NormLayer(_BatchNorm):
     def track_(
         self,
         now: Moments,
-        examples: int,
+        examples: int | Tensor,
         ok: Tensor | None = None,
         total: bool = False,
         momentum_batch: int | None = None,
-        values: Tensor | None = None,
     ) -> None:
         """Take a batch's moments into the running statistics; a second run under a checkpoint takes nothing.
 
@@ -259,13 +226,14 @@ class NormLayer(_BatchNorm):
             ok: a bool on the device: False leaves everything as it is. By default whether the moments are finite.
             total: running_var is the total population variance; else torch's average of Bessel variances.
             momentum_batch: examples at which ``momentum`` is torch's; None: every forward counts the same.
-            values: a channel's, where only the device knows how many; by default ``now.size``.
         """
         if not self.track_running_stats or self.running_mean is None or Replay.is_second_run():
             return
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        ok = torch.isfinite((now.mean + now.var).sum()) if ok is None else ok
+        if ok is None:
+            ok = torch.isfinite((now.mean + now.var).sum())
+            ok = ok & (now.size > 1) if isinstance(now.size, Tensor) else ok
         self.num_batches_tracked.add_(ok)
         rate: Tensor | float
         if self.momentum is None:
@@ -273,9 +241,11 @@ class NormLayer(_BatchNorm):
         elif momentum_batch is None:
             rate = self.momentum
         else:
-            rate = 1 - (1 - self.momentum) ** min(1.0, examples / momentum_batch)
-            rate = max(rate, 4 * torch.finfo(self.running_mean.dtype).eps)  # bfloat16's would stand still
-        var = now.var if total else bessel(now.var, now.size if values is None else values)
+            full = examples / momentum_batch
+            rate = 1 - (1 - self.momentum) ** (full.clamp_max(1) if isinstance(full, Tensor) else min(1.0, full))
+            least = 4 * torch.finfo(self.running_mean.dtype).eps  # bfloat16's would stand still
+            rate = rate.clamp_min(least) if isinstance(rate, Tensor) else max(rate, least)
+        var = now.var if total else bessel(now.var, now.size)
         update_running_(self.running_mean, self.running_var, now.mean, var, rate, total, ok)
 
     def extra_repr(self) -> str:
@@ -289,6 +259,8 @@ class NormLayer(_BatchNorm):
             own["track_running_stats"] = False
         if self.alpha:
             own["alpha"] = self.alpha
+        if self.sync:
+            own["sync"] = True
         return ", ".join([str(self.num_features), *(f"{k}={v!r}" for k, v in {**own, **self.options}.items())])
 
 

@@ -25,11 +25,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.groups import pool_channels, pool_runs, spread_over
 from ..core.moments import Moments
+from ..core.ranks import total
 from ..core.step import measure, normalise_by, shaped_as
 from ..errors import AnybatchError
 from .base import NormLayer
 from .config import NormConfig
-from .feed import eager
 from .options import check_divides, check_whole
 
 __all__ = ["BGN", "BatchGroupNormalization"]
@@ -52,6 +52,7 @@ class BatchGroupNormalization(NormLayer):
         dtype: of parameters and running statistics.
         bias: whether an affine layer has beta.
         alpha: the share of the example's own moments in evaluation, from 0 to 1; for G <= C.
+        sync: pool the batch's moments over the ranks of ``process_group`` (an attribute; torch's default group).
 
     Shape: (N, C, *) -> (N, C, *). For G > C the sizes of * are those of the first input, and G / C divides their
         product.
@@ -84,12 +85,14 @@ class BatchGroupNormalization(NormLayer):
         *,
         bias: bool = True,
         alpha: float = 0.0,
+        sync: bool = False,
     ) -> None:
         super().__init__(
             *(num_features, eps, momentum, affine, track_running_stats, device, dtype),
             bias=bias,
             alpha=alpha,
             groups=groups,
+            sync=sync,
         )
         if groups is not None:
             self.settle(groups)
@@ -166,13 +169,13 @@ class BatchGroupNormalization(NormLayer):
 
     def normalise(self, y: Tensor) -> Tensor:
         """By the moments of the groups, which go into the running statistics."""
-        groups = self.groups or self._choose(len(y))
-        if y.numel() == groups and self.running_mean is not None:
+        groups = self.groups or self._choose(self._examples(len(y)))
+        if y.numel() == groups and self.running_mean is not None and self.group is None:
             return self.infer(y)  # one value a group has no variance
         x, mean, var = measure(self._cut(y))
-        mean, var = pool_runs(mean, var, groups)
-        self.track_(Moments(mean[0], var[0], y.numel() // groups), len(y))
-        return shaped_as(self._by(x, mean, var), y)
+        batch = self.whole(*pool_runs(mean, var, groups), y, y.numel() // groups)
+        self.track_(batch.now, batch.examples)
+        return shaped_as(self._by(x, batch.mean, batch.var), y)
 
     def statistics(self, y: Tensor) -> Moments:
         """The moments of the groups of ``y``; of its channels while G is not settled."""
@@ -193,7 +196,8 @@ class BatchGroupNormalization(NormLayer):
 
     def _cut(self, y: Tensor) -> Tensor:
         """(N, C, *) as it is, or as (N, G, D) for G > C."""
-        return y if self._slices == 1 else y.reshape(len(y), self.groups or 1, -1)
+        groups = self.groups or 1
+        return y if self._slices == 1 else y.reshape(len(y), groups, y.shape[1:].numel() // groups)
 
     def _by(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         """What :meth:`_cut` gave, normalised by the moments (1, G) of its groups."""
@@ -221,7 +225,10 @@ class BatchGroupNormalization(NormLayer):
         """Whether evaluation is one scale and shift a channel: for G <= C, without ``alpha``."""
         return super().foldable and self._slices == 1
 
-    @eager
+    def _examples(self, own: int) -> int:
+        """Of the ranks' batches together."""
+        return own if self.group is None else int(total(torch.tensor(own), self.group))
+
     def _choose(self, examples: int) -> int:
         channels = self.num_features
         limit = min(channels, max(1, channels * examples // 32))
@@ -253,8 +260,10 @@ class BGN(NormConfig):
 
     Args:
         groups: G; None: settled by the first training batch of N examples, the largest divisor of C up to C * N / 32.
+        sync: pool moments over ranks.
     """
 
     layer: ClassVar[type[NormLayer]] = BatchGroupNormalization
 
     groups: int | None = None
+    sync: bool = False

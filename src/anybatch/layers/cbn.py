@@ -27,13 +27,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..core.affine import Reductions, per_channel
+from ..core.affine import per_channel
 from ..core.moments import channel_mean, moments, pool
 from ..core.pooled import Batch, Pooled, normalise_pooled, spread
-from ..core.taylor import carry, history_gradient, mean_response, variance_response
+from ..core.ranks import pool_ranks
+from ..core.taylor import Responses, carry, history_gradient, responses
 from .base import NormLayer
 from .config import NormConfig
-from .feed import Feed, eager
+from .feed import Feed
 from .history import History, HistoryLayer
 from .options import check_choice, check_flag, check_whole
 
@@ -68,6 +69,8 @@ class CrossIterationBatchNorm(HistoryLayer):
         examples_per_group: a larger batch is taken as so many examples at a time, each group one entry of the history,
             as if they came one after another without a step between; None: the batch is one entry.
         alpha: the share of the example's own moments in evaluation, see :func:`anybatch.weigh_examples_`.
+        sync: pool over the ranks of ``process_group`` too (an attribute; torch's default group): the moments are those
+            of the ranks' batches together. Each rank keeps its part of the history.
 
     Shape: (N, C, *) -> (N, C, *).
 
@@ -109,6 +112,7 @@ class CrossIterationBatchNorm(HistoryLayer):
         running: Literal["total", "torch"] = "total",
         burn_in_steps: int = 0,
         examples_per_group: int | None = None,
+        sync: bool = False,
     ) -> None:
         super().__init__(
             *(num_features, eps, momentum, affine, track_running_stats, device, dtype),
@@ -124,6 +128,7 @@ class CrossIterationBatchNorm(HistoryLayer):
             running=running,
             burn_in_steps=burn_in_steps,
             examples_per_group=examples_per_group,
+            sync=sync,
         )
         self.second_moment = expansion == "second_moment"
         # A window of one batch is torch's BatchNorm, its momentum and running variance included.
@@ -148,8 +153,6 @@ class CrossIterationBatchNorm(HistoryLayer):
         for name in ("momentum_batch", "examples_per_group"):
             check_whole("CBN", name, options[name], none=True)
 
-    in_full_precision = eager(NormLayer.in_full_precision)
-
     def normalise(self, y: Tensor) -> Tensor:
         """By the pooled moments; the batch's own go into the history and the running statistics."""
         return self.standardise(y, self.weight, self.bias)
@@ -165,75 +168,77 @@ class CrossIterationBatchNorm(HistoryLayer):
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _part(self, y: Tensor, index: int, feed: Feed | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        batch = self._measure(y.detach(), feed)
-        history = self._history_of(index, batch)
+        batch, examples = self._measure(y.detach(), feed)
+        history = self.history_of(index).like(batch.now.mean)
         pooled = self._replay.recall(batch.now.mean, index) if self._replay.is_second_run() else None
         if pooled is None:
-            with torch.no_grad():
-                pooled = self._pool(history, batch)
-                self._push(history, batch, y.shape[0])
+            pooled = self._pool(history, batch, examples)
             self._replay.remember(batch.now.mean, index, pooled)
-        over = self.average_reductions if batch.patch.numel() else 0
-        replay = self._replay
+        averages = self.averages(history) if self.average_reductions and batch.patch.numel() else None
+        on_backward = None if torch.compiler.is_compiling() else self._replay.backward_begins
+        return normalise_pooled(y, weight, bias, self.eps, batch, pooled, averages, self.group, on_backward)
 
-        def on_backward(sums: Reductions, m: int) -> tuple[Tensor, Tensor] | None:
-            replay.backward_begins()
-            return history.average_(sums, m, over) if over else None
-
-        return normalise_pooled(y, weight, bias, self.eps, batch, pooled, on_backward)
-
-    def _measure(self, y: Tensor, feed: Feed | None) -> Batch:
-        now = moments(y)
+    def _measure(self, y: Tensor, feed: Feed | None) -> tuple[Batch, int | Tensor]:
+        """The batch behind its map, and its number of examples, both over all ranks."""
+        own = moments(y)
+        whole = pool_ranks(*own, len(y), self.group)
+        now = whole.now
         dtype, channels = now.mean.dtype, self.num_features
         if feed is None or not self.compensates:
-            return Batch(
-                now, now.mean.new_zeros(channels, 0), None, now.mean.new_zeros(1, 0), now.mean.new_zeros(channels, 0)
-            )
+            nothing = now.mean.new_zeros(channels, 0)
+            return Batch(now, nothing, None, nothing[:1], nothing), whole.examples
+        rows, bias = feed.geometry.rows(feed.weight).to(dtype), None if feed.bias is None else feed.bias.to(dtype)
+        if not y.numel():
+            nothing = torch.zeros_like(rows)
+            return Batch(now, rows, bias, nothing[: feed.geometry.groups], nothing), whole.examples
         with torch.no_grad():
             patch = feed.geometry.mean_patch(feed.x, tuple(y.shape[2:])).to(dtype)
             # The rounded mean is not quite the mean, and at a mean of 1e4 what is left would drown the covariance.
-            centred = y.to(dtype) - per_channel(now.mean, y)
+            centred = y.to(dtype) - per_channel(own.mean, y)
             covariance = feed.geometry.covariance(feed.x, centred, feed.weight).to(dtype)
             covariance -= spread(patch, channel_mean(centred))
-        rows = feed.geometry.rows(feed.weight).to(dtype)
-        return Batch(now, rows, None if feed.bias is None else feed.bias.to(dtype), patch, covariance)
+            if whole.apart is not None and whole.share is not None:
+                covariance = (covariance + spread(patch, whole.apart)) * whole.share
+                patch = patch * whole.share
+        return Batch(now, rows, bias, patch, covariance), whole.examples
 
-    def _history_of(self, index: int, batch: Batch) -> History:
-        history = self.histories.get(index)
-        if history is None:
-            history = self.histories[index] = History(self.window, batch.covariance, batch.patch)
-        return history.like(batch.now.mean)
-
-    def _pool(self, history: History, batch: Batch) -> Pooled:
+    @torch.no_grad()
+    def _pool(self, history: History, batch: Batch, examples: int | Tensor) -> Pooled:
+        """What the batch is normalised by; it goes into the history and the running statistics."""
         now, samples = batch.now, self.pooling == "samples"
         past = history.entries()
-        carried = carry(past, batch.rows, batch.bias, self.second_moment)
+        at = responses(past, batch.patch, batch.covariance, batch.rows, batch.bias, self.group)
+        carried = carry(past, at[0], self.second_moment)
         used = past.sizes if samples else past.sizes.sign()
         used = used * (history.forwards >= self.burn_in_steps)
-        weights = torch.cat([used.new_full((1,), float(now.size) if samples else 1.0), used])
-        shares = weights / weights.sum()
+        own = used.new_ones(1) * (now.size if samples else 1)
+        weights = torch.cat([own, used])
+        shares = weights / weights.sum().clamp_min(1)
         means, variances = (
             torch.cat([now.mean[:, None], carried.mean], 1),
             torch.cat([now.var[:, None], carried.var], 1),
         )
         mean, var = pool(means, variances, shares)
         share = shares[0]
-        if now.size == 1 and self.running_mean is not None and self.running_var is not None:
+        few = now.size < 2
+        if (few if isinstance(few, bool) else True) and self.running_mean is not None and self.running_var is not None:
             # One value has no variance of its own: without history it is normalised by the running statistics.
-            alone = share == 1
+            alone = (share == 1) & few
             mean, var = torch.where(alone, self.running_mean, mean), torch.where(alone, self.running_var, var)
             share = share * ~alone
-        if self.gradient == "current":
-            return Pooled(mean, var, share, None, None)
-        mean_by_weight, var_by_weight, var_by_bias = history_gradient(past, carried, shares[1:], mean)
-        return Pooled(mean, var, share, (mean_by_weight, var_by_weight), (shares[1:].sum(), var_by_bias))
+        pooled = Pooled(mean, var, share, None, None)
+        if self.gradient == "history":
+            mean_by_weight, var_by_weight, var_by_bias = history_gradient(past, carried, shares[1:], mean)
+            pooled = Pooled(mean, var, share, (mean_by_weight, var_by_weight), (shares[1:].sum(), var_by_bias))
+        self._push(history, batch, at[1], examples)
+        return pooled
 
-    def _push(self, history: History, batch: Batch, examples: int) -> None:
+    def _push(self, history: History, batch: Batch, at: Responses, examples: int | Tensor) -> None:
         now = batch.now
-        mean_at = mean_response(batch.patch.unsqueeze(1), batch.rows, batch.bias)[:, 0]
-        var_at = variance_response(batch.covariance.unsqueeze(1), batch.rows)[:, 0]
-        ok = torch.isfinite((now.mean + now.var + mean_at + var_at).sum())
-        history.push_(now, ok, mean_at, var_at, batch.patch, batch.covariance)
+        ok = torch.isfinite((now.mean + now.var + at.mean[:, 0] + at.var[:, 0]).sum())
+        if isinstance(now.size, Tensor):
+            ok = ok & (now.size > 0)
+        history.push_(now, ok, at.mean[:, 0], at.var[:, 0], batch.patch, batch.covariance)
         self.track_(now, examples, ok, total=not self.torch_running, momentum_batch=self.momentum_batch)
 
 
@@ -252,6 +257,7 @@ class CBN(NormConfig):
         running: 'total' or 'torch'.
         burn_in_steps: training forwards of plain BatchNorm at first.
         examples_per_group: a larger batch is taken as so many examples at a time; None: as one.
+        sync: pool moments over ranks.
     """
 
     layer: ClassVar[type[NormLayer]] = CrossIterationBatchNorm
@@ -266,6 +272,7 @@ class CBN(NormConfig):
     running: Literal["total", "torch"] = "total"
     burn_in_steps: int = 0
     examples_per_group: int | None = None
+    sync: bool = False
 
     @classmethod
     def paper(cls, window: int = 8, burn_in_steps: int = 0) -> "CBN":

@@ -82,7 +82,7 @@ class FedLayer(NormLayer):
             raise AnybatchError(f"follows({type(map).__name__}): no linear map; give one of {known}")
         if any(is_lazy(p) for p in map.parameters()):
             raise AnybatchError(f"follows({map}): its weight is not made yet; run one forward of it first")
-        channels = geometry.channels(map.weight)  # type: ignore[arg-type]
+        channels, _ = geometry.rows_shape(map.weight)  # type: ignore[arg-type]
         if channels != self.num_features:
             raise AnybatchError(
                 f"follows({map}): the map puts out {channels} channels, the norm has num_features={self.num_features}"
@@ -160,7 +160,6 @@ def _feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], vers
     return Feed(module, geometry, x.detach(), weight, bias, version)  # type: ignore[arg-type]
 
 
-@eager
 def _tag(output: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     setattr(output, _TAG, _feed(module, args, kwargs, version(output)))
 

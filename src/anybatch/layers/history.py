@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.affine import Reductions
 from ..core.linear_map import LinearMap
 from ..core.moments import Moments, compute_dtype
+from ..core.pooled import Averages
 from ..core.taylor import Entries
 from ..errors import AnybatchError
 from .feed import FedLayer
@@ -31,12 +31,11 @@ class History:
     """
 
     @torch.inference_mode(False)  # a forward in inference mode must not make a ring that training cannot write
-    def __init__(self, window: int, covariance: Tensor, patch: Tensor) -> None:
-        channels, k = covariance.shape
-        zeros = covariance.new_zeros
+    def __init__(self, window: int, channels: int, groups: int, k: int, like: Tensor) -> None:
+        zeros = like.new_zeros
         self.count = zeros(window)
         self.scalars = zeros(4, channels, window)
-        self.patch = zeros(patch.shape[0], window, k)
+        self.patch = zeros(groups, window, k)
         self.covariance = zeros(channels, window, k)
         self.slot = zeros(1, dtype=torch.int64)
         self.forwards = zeros((), dtype=torch.int64)
@@ -56,24 +55,14 @@ class History:
         if patch.numel():
             self.patch.index_copy_(1, self.slot, torch.where(ok, patch, 0.0).unsqueeze(1))
             self.covariance.index_copy_(1, self.slot, torch.where(ok, cov, 0.0).unsqueeze(1))
-        self.count.index_fill_(0, self.slot, float(now.size))
+        self.count.index_fill_(0, self.slot, now.size if isinstance(now.size, Tensor) else float(now.size))
         self.slot.add_(ok).remainder_(self.count.shape[0])
         self.count.index_fill_(0, self.slot, 0.0)
         self.forwards.add_(1)
 
-    def average_(self, sums: Reductions, m: int, over: int) -> tuple[Tensor, Tensor]:
-        """Take a backward's E[g], E[g * y_hat] into their running averages, and give these.
-
-        The plain mean of the first ``over`` backwards, an exponential average with weight 1 / over from then on. A
-        backward with a gradient that is not finite leaves them as they were.
-        """
-        new = torch.stack(list(sums)) / m
-        ok = torch.isfinite(new.sum())
-        self.backwards.add_(ok)
-        step = torch.where(ok, new - self.reductions, 0.0) / self.backwards.clamp(1, over)
-        self.reductions.add_(step)
-        g, g_y_hat = self.reductions.clone().unbind(0)
-        return g, g_y_hat
+    def tensors(self) -> list[Tensor]:
+        """All there is."""
+        return [getattr(self, field) for field in _FIELDS]
 
     def like(self, tensor: Tensor) -> "History":
         """Move to the device and dtype that a batch's statistics have, if they are others."""
@@ -115,6 +104,8 @@ class HistoryLayer(FedLayer):
 
     window: int
     compensate: bool
+    average_reductions: int
+    loss_scale: Tensor | None = None  # of a gradient scaler, see anybatch.attach
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -128,7 +119,29 @@ class HistoryLayer(FedLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without history: it is training state, see :func:`anybatch.history_state_dict`."""
-        return {**super().__getstate__(), "histories": {}, "_stash": None}
+        return {**super().__getstate__(), "histories": {}, "_stash": None, "loss_scale": None}
+
+    def history_of(self, index: int) -> History:
+        """The history of a map (-1: none), made by the first training forward."""
+        if torch.compiler.is_compiling():  # torch's compiler is not imported before it is used
+            from torch._dynamo.comptime import comptime
+
+            from .compiling import make_histories
+
+            comptime(make_histories)
+        elif index not in self.histories:
+            self.histories[index] = self._fresh(index)
+        return self.histories[index]
+
+    def make_histories(self) -> None:
+        """Make the history of every map that has none."""
+        for index in range(len(self._links)) if self._links else (-1,):
+            if index not in self.histories:
+                self.histories[index] = self._fresh(index)
+
+    def averages(self, history: History) -> Averages:
+        """What a backward moves, and by how much the loss is scaled."""
+        return Averages(history.reductions, history.backwards, self.average_reductions, self.loss_scale)
 
     def history_state(self) -> dict[str, Any]:
         """Copies of the histories' tensors, by the index of the followed map (-1: none)."""
@@ -153,14 +166,12 @@ class HistoryLayer(FedLayer):
 
     def _fresh(self, index: int) -> History:
         """An empty history for a map (-1: none), on the layer's device."""
-        device = next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
+        own = next(iter((*self.parameters(), *self.buffers())), torch.empty(0))
+        like = torch.empty(0, device=own.device, dtype=compute_dtype(own.dtype))
         if index < 0 or not self.compensates:
-            return History(
-                self.window, torch.zeros(self.num_features, 0, device=device), torch.zeros(1, 0, device=device)
-            )
+            return History(self.window, self.num_features, 1, 0, like)
         module = self._links[index].map
         geometry = LinearMap.of(module)
         assert geometry is not None  # follows() has seen to it
-        rows = geometry.rows(module.weight.detach())  # type: ignore[operator]
-        rows = rows.to(device, compute_dtype(rows.dtype))
-        return History(self.window, rows, rows[: geometry.groups])
+        channels, k = geometry.rows_shape(module.weight)  # type: ignore[arg-type]
+        return History(self.window, channels, geometry.groups, k, like)

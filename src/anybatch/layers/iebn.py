@@ -25,14 +25,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.affine import per_channel
 from ..core.groups import pool_batch
-from ..core.moments import Moments, position_mean
+from ..core.moments import position_mean
 from ..core.step import measure, normalise_by
 from .base import NormLayer
 from .cbn import CBN, CrossIterationBatchNorm
 from .config import NormConfig
-from .options import check_choice, check_whole
+from .options import check_choice, check_flag, check_whole
 from .surroundings import Surroundings
 from .torch_own import BN
+from .weighed import ExampleWeighedBN
 
 __all__ = ["IEBN", "InstanceEnhancementBatchNorm", "InstanceEnhancementCrossIterationBatchNorm"]
 
@@ -106,6 +107,7 @@ class InstanceEnhancementBatchNorm(_Gated):
         dtype: of parameters and running statistics.
         bias: whether an affine layer has beta.
         alpha: the share of the example's own moments in evaluation.
+        sync: pool the batch's moments over the ranks of ``process_group`` (an attribute; torch's default group).
 
     Shape: (N, C, *) -> (N, C, *).
 
@@ -129,6 +131,7 @@ class InstanceEnhancementBatchNorm(_Gated):
         *,
         bias: bool = True,
         alpha: float = 0.0,
+        sync: bool = False,
     ) -> None:
         super().__init__(
             *(num_features, eps, momentum, affine, track_running_stats),
@@ -136,14 +139,15 @@ class InstanceEnhancementBatchNorm(_Gated):
             dtype=dtype,
             bias=bias,
             alpha=alpha,
+            sync=sync,
         )
 
     def normalise(self, y: Tensor) -> Tensor:
         """By the batch's moments, pooled from the examples' own, whose means open the gate."""
-        y, mean, var = measure(y, by_example=True)
-        by = pool_batch(mean, var)
-        self.track_(Moments(*by, y.numel() // y.shape[1]), len(y))
-        return normalise_by(y, *by, self.gain(mean), self.bias, self.eps)
+        y, mean, var = measure(y, by_example=len(y) > 0)
+        batch = self.whole(*pool_batch(mean, var), y)
+        self.track_(batch.now, batch.examples)
+        return normalise_by(y, batch.mean, batch.var, self.gain(mean), self.bias, self.eps)
 
 
 class InstanceEnhancementCrossIterationBatchNorm(_Gated, CrossIterationBatchNorm):
@@ -181,22 +185,25 @@ class IEBN(NormConfig):
             with a window become CBN; 'converted' gives them one.
         window: batches pooled, the current one included; 1 is IEBN, more is
             :class:`anybatch.nn.InstanceEnhancementCrossIterationBatchNorm`.
+        sync: pool moments over ranks.
     """
 
     layer: ClassVar[type[NormLayer]] = InstanceEnhancementBatchNorm
 
     shortcuts: Literal["plain", "converted"] = "plain"
     window: int = 1
+    sync: bool = False
 
     def __post_init__(self) -> None:
         check_choice("IEBN", "shortcuts", self.shortcuts, ("plain", "converted"))
         check_whole("IEBN", "window", self.window)
+        check_flag("IEBN", "sync", self.sync)
 
     def build(self, bn: _BatchNorm) -> nn.Module:
         """The layer in place of ``bn``, with a gate."""
         if self.window == 1:
-            return InstanceEnhancementBatchNorm.replacing(bn)
-        return InstanceEnhancementCrossIterationBatchNorm.replacing(bn, window=self.window)
+            return InstanceEnhancementBatchNorm.replacing(bn, sync=self.sync)
+        return InstanceEnhancementCrossIterationBatchNorm.replacing(bn, window=self.window, sync=self.sync)
 
     @property
     def needs_map(self) -> bool:
@@ -212,5 +219,6 @@ class IEBN(NormConfig):
         """The norms of shortcuts have no gate, where those stay plain: BatchNorm, or CBN with a window."""
         if not around.shortcut or self.shortcuts == "converted":
             return self, ""
-        plain = BN() if self.window == 1 else CBN(window=self.window)
-        return plain, f"the norm of a shortcut: {type(plain).__name__}, without a gate"
+        batch_norm = ExampleWeighedBN(alpha=0.0, sync=True) if self.sync else BN()
+        plain = batch_norm if self.window == 1 else CBN(window=self.window, sync=self.sync)
+        return plain, f"the norm of a shortcut: {'CBN' if self.window > 1 else 'BN'}, without a gate"

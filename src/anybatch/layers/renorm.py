@@ -28,7 +28,6 @@ from ..core.step import measure, normalise_by
 from ..errors import AnybatchError
 from .base import NormLayer
 from .config import NormConfig
-from .feed import eager
 from .options import check_number, check_whole
 
 __all__ = ["BatchRenorm", "BatchRenormalization"]
@@ -55,6 +54,7 @@ class BatchRenormalization(NormLayer):
         dtype: of parameters and running statistics.
         bias: whether an affine layer has beta.
         alpha: the share of the example's own moments in evaluation, see :func:`anybatch.weigh_examples_`.
+        sync: pool the batch's moments over the ranks of ``process_group`` (an attribute; torch's default group).
 
     Shape: (N, C, *) -> (N, C, *).
 
@@ -90,6 +90,7 @@ class BatchRenormalization(NormLayer):
         *,
         bias: bool = True,
         alpha: float = 0.0,
+        sync: bool = False,
     ) -> None:
         super().__init__(
             *(num_features, eps, momentum, affine, track_running_stats, device, dtype),
@@ -100,6 +101,7 @@ class BatchRenormalization(NormLayer):
             ramp_from=ramp_from,
             ramp_to=ramp_to,
             momentum_batch=momentum_batch,
+            sync=sync,
         )
 
     @classmethod
@@ -115,19 +117,18 @@ class BatchRenormalization(NormLayer):
         if last < first:
             raise AnybatchError(f"BatchRenorm: ramp_to={last} is before ramp_from={first}; give at least {first}")
 
-    # A Python list of first runs and a counter on the device: neither belongs into a graph.
-    in_full_precision = eager(NormLayer.in_full_precision)
-
     def normalise(self, y: Tensor) -> Tensor:
         """By the batch's moments with the correction; they go into the running statistics afterwards."""
         y, mean, var = measure(y)
-        now = Moments(mean.detach()[0], var.detach()[0], y.numel() // y.shape[1])
+        batch = self.whole(mean, var, y)
+        now = batch.now
         if self._replay.is_second_run():
             correction = self._replay.recall(now.mean, 0)
         else:
             correction = self._correction(now)
             self._replay.remember(now.mean, 0, correction)
-        self.track_(now, len(y), total=True, momentum_batch=self.momentum_batch)
+        self.track_(now, batch.examples, total=True, momentum_batch=self.momentum_batch)
+        mean, var = batch.mean, batch.var
         if correction is None:
             return normalise_by(y, mean, var, self.weight, self.bias, self.eps)
         # gamma * (y_hat * r + d) + beta = (gamma * r) * y_hat + (gamma * d + beta)
@@ -158,6 +159,7 @@ class BatchRenorm(NormConfig):
         ramp_from: training forwards of plain BatchNorm at first.
         ramp_to: training forward from which the bounds are ``r_max`` and ``d_max``.
         momentum_batch: examples at which momentum is torch's; None: every forward counts the same.
+        sync: pool moments over ranks.
     """
 
     layer: ClassVar[type[NormLayer]] = BatchRenormalization
@@ -167,3 +169,4 @@ class BatchRenorm(NormConfig):
     ramp_from: int = 1000
     ramp_to: int = 5000
     momentum_batch: int | None = 32
+    sync: bool = False

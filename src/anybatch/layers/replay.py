@@ -1,6 +1,7 @@
 """Activation checkpointing runs a forward twice; the second run must repeat the first bit for bit and push nothing.
 
 A forward that runs inside a backward is such a second run. It is matched to its first by the batch's own moments.
+Inside a compiled graph there is none: the compiler repeats what has no effects, and keeps the rest.
 """
 
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Replay:
     @staticmethod
     def is_second_run() -> bool:
         """Whether this forward runs inside a backward."""
-        return torch._C._current_graph_task_id() != -1
+        return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
     def backward_begins(self) -> None:
         """Note a backward through the norm."""
@@ -43,6 +44,8 @@ class Replay:
 
     def remember(self, mean: Tensor, index: int, pooled: Any) -> None:
         """Keep a first run, if a checkpoint may be what runs it (no gradients, or hooks on what autograd saves)."""
+        if torch.compiler.is_compiling():
+            return
         self._runs = [run for run in self._runs if not run.repeated]
         checkpointed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         if checkpointed or not torch.is_grad_enabled():

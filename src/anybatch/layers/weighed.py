@@ -22,7 +22,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core.moments import Moments
 from ..core.step import measure, normalise_by
 from .base import NormLayer
 from .config import NormConfig
@@ -46,6 +45,7 @@ class ExampleWeighedBatchNorm(NormLayer):
         device: of parameters and running statistics.
         dtype: of parameters and running statistics.
         bias: whether an affine layer has beta.
+        sync: pool the batch's moments over the ranks of ``process_group`` (an attribute; torch's default group).
 
     Shape: (N, C, *) -> (N, C, *).
 
@@ -69,16 +69,21 @@ class ExampleWeighedBatchNorm(NormLayer):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        sync: bool = False,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias, alpha=alpha
+            *(num_features, eps, momentum, affine, track_running_stats, device, dtype),
+            bias=bias,
+            alpha=alpha,
+            sync=sync,
         )
 
     def normalise(self, y: Tensor) -> Tensor:
         """By the batch's own moments, as torch does it."""
         y, mean, var = measure(y)
-        self.track_(Moments(mean[0], var[0], y.numel() // self.num_features), len(y))
-        return normalise_by(y, mean, var, self.weight, self.bias, self.eps)
+        batch = self.whole(mean, var, y)
+        self.track_(batch.now, batch.examples)
+        return normalise_by(y, batch.mean, batch.var, self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,10 @@ class ExampleWeighedBN(NormConfig):
 
     Args:
         alpha: the share of the example's own moments in evaluation, from 0 to 1.
+        sync: pool moments over ranks.
     """
 
     layer: ClassVar[type[NormLayer]] = ExampleWeighedBatchNorm
 
     alpha: float = 0.1
+    sync: bool = False

@@ -1,16 +1,18 @@
-"""Tells the layers of a model when the optimizer has made a step."""
+"""Tells the layers of a model when the optimizer has made a step, and by how much the loss is scaled."""
 
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import AnybatchError
 
-__all__ = ["Attached", "CountsSteps", "attach"]
+__all__ = ["Attached", "CountsSteps", "ScalesLoss", "attach"]
 
 
 @runtime_checkable
@@ -22,6 +24,13 @@ class CountsSteps(Protocol):
 
     def optimizer_stepped(self) -> None:
         """The weights have moved: what was gathered belongs to the past."""
+
+
+@runtime_checkable
+class ScalesLoss(Protocol):
+    """A layer that keeps something of the gradients from one backward to the next."""
+
+    loss_scale: Tensor | None
 
 
 class Attached:
@@ -52,7 +61,7 @@ def _end(layers: Sequence["weakref.ref[Any]"], hook: RemovableHandle) -> None:
             layer.attached(-1)
 
 
-def attach(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]) -> Attached:
+def attach(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], scaler: GradScaler | None = None) -> Attached:
     """Let the model's layers know, by the optimizer's own hook, when it makes a step; once, before training.
 
     Layers that need no such signal are none the worse for it. A step that a gradient scaler skips is no step, but fused
@@ -63,12 +72,14 @@ def attach(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]) -> Atta
     Args:
         model: converted; its layers at the time of the call.
         optimizer: one or several, the one whose step ends an accumulated batch.
+        scaler: of the loss, where one is used: what layers keep of the gradients is then kept unscaled, so that a
+            change of the scale leaves no trace in it.
 
     Returns:
         A handle: ``remove()`` it, or use it in a ``with`` statement. It may be dropped.
 
     Raises:
-        AnybatchError: ``optimizer`` is no torch optimizer.
+        AnybatchError: ``optimizer`` is no torch optimizer, or ``scaler`` no GradScaler.
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
     if (
@@ -80,6 +91,10 @@ def attach(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]) -> Atta
             f"attach: the optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer, or several (of a "
             "wrapper such as Accelerate's, its .optimizer)"
         )
+    scale = _scale_of(scaler, model)
+    for module in model.modules():
+        if isinstance(module, ScalesLoss):
+            module.loss_scale = scale
     layers = [module for module in model.modules() if isinstance(module, CountsSteps)]
     refs = [weakref.ref(layer) for layer in layers]
 
@@ -92,3 +107,16 @@ def attach(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]) -> Atta
     for layer in layers:
         layer.attached(len(hooks))
     return Attached(refs, hooks)
+
+
+def _scale_of(scaler: GradScaler | None, model: nn.Module) -> Tensor | None:
+    """The tensor on the device that the scaler changes in place; None where nothing is scaled."""
+    if scaler is None:
+        return None
+    if not isinstance(scaler, GradScaler):
+        raise AnybatchError(f"attach: the scaler is a {type(scaler).__name__}; give a torch.amp.GradScaler")
+    if not scaler.is_enabled():
+        return None
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    scaler.scale(torch.ones((), device=device))  # makes the scale, which else the first loss makes
+    return scaler._scale

@@ -1,16 +1,28 @@
 """The history of a model's layers, saved beside the optimizer's state: plain tensors, weights-only loadable."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
 from ..errors import AnybatchError
-from ..layers.base import Remembers
 
 __all__ = ["history_state_dict", "load_history_state_dict"]
 
 _VERSION = 1
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A layer with training state outside of its state_dict, saved by :func:`anybatch.history_state_dict`."""
+
+    histories: dict[int, Any]
+
+    def history_state(self) -> dict[str, Any]:
+        """Copies of the state, as plain tensors by name."""
+
+    def read_history_state(self, state: Mapping[str, Any], where: str) -> dict[int, Any]:
+        """The histories in such a state, checked against the layer ``where``; assigned to ``histories`` they go on."""
 
 
 def history_state_dict(model: nn.Module) -> dict[str, Any]:
