@@ -19,7 +19,7 @@ COMPARE = [
 ]
 TRAIN = [
     *["--out", "--method", "--batch", "--seed", "--data", "--train-images", "--test-images", "--image-size"],
-    *["--epochs", "--network", "--lr", "--mode", "--device", "--norm-weight-decay", "--resume"],
+    *["--epochs", "--network", "--lr", "--mode", "--device", "--norm-weight-decay", "--save-every", "--resume"],
 ]
 BENCH = [
     *["--method", "--network", "--image-size", "--batch", "--rounds", "--threads", "--device", "--format", "--out"],

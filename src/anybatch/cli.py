@@ -170,9 +170,16 @@ def train(
     mode: GradientMode = Mode.accumulate,
     device: Device = "cpu",
     norm_weight_decay: NormWeightDecay = None,
+    save_every: Annotated[
+        int | None, typer.Option(min=1, help="Save after so many steps, too.", show_default="after every epoch")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from --out, exactly as if never stopped.")] = False,
 ) -> None:
-    """Train one network with one method; saves a checkpoint after every epoch."""
+    """Train one network with one method; saves a checkpoint after every epoch, and when it is asked to stop.
+
+    Ctrl-C and SIGTERM let the step end; a second Ctrl-C does not.
+    On several devices: torchrun --nproc-per-node 2 -m anybatch train ...
+    """
     from anybatch.lab import terminal
     from anybatch.lab.config import RunConfig
 
@@ -191,7 +198,7 @@ def train(
         device=device,
         norm_weight_decay=norm_weight_decay,
     )
-    terminal.train(config, out, resume, Console(highlight=False))
+    raise typer.Exit(terminal.train(config, out, resume, save_every, sys.argv[1:], Console(highlight=False)))
 
 
 @app.command()

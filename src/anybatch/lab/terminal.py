@@ -1,6 +1,8 @@
 """What `anybatch compare` and `anybatch train` show on a terminal, around the work itself."""
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,9 +18,11 @@ from anybatch.lab import machine, weighing
 from anybatch.lab.config import RunConfig
 from anybatch.lab.data import load
 from anybatch.lab.display import Display, run_name
+from anybatch.lab.interruption import Interruption
+from anybatch.lab.processes import joined
 from anybatch.lab.report import difference_text, estimate_text, write_report
 from anybatch.lab.summary import Summary, label, summarise
-from anybatch.lab.training import Progress, train_run
+from anybatch.lab.training import Progress, RunResult, Stopped, train_run
 
 __all__ = ["bench", "compare", "train", "weigh"]
 
@@ -55,8 +59,21 @@ def compare(configs: Sequence[RunConfig], folder: Path, jobs: int | None, comman
     return 0
 
 
-def train(config: RunConfig, folder: Path, resume: bool, console: Console) -> None:
+def train(
+    config: RunConfig, folder: Path, resume: bool, save_every: int | None, arguments: Sequence[str], console: Console
+) -> int:
     """Trains one configuration with a checkpoint folder, and prints what came of it.
+
+    Args:
+        config: what to train.
+        folder: for the checkpoints.
+        resume: go on from there.
+        save_every: steps after which to save besides after every epoch.
+        arguments: of the command line, to name the one that goes on.
+        console: to print on, in the main one of several processes.
+
+    Returns:
+        The exit code: 0, or 128 and the number of the signal that stopped the run.
 
     Raises:
         AnybatchError: the configuration does not fit, or the checkpoint cannot be read or written.
@@ -64,23 +81,64 @@ def train(config: RunConfig, folder: Path, resume: bool, console: Console) -> No
     if config.device == "cpu":
         torch.set_num_threads(1)  # as in a comparison: the same numbers
     dataset = load(config.data, config.train_images, config.test_images, config.image_size)
+    with joined(config.device) as processes:
+        if not processes.is_main:
+            console = Console(quiet=True)
+        with Interruption() as interruption, _progress(console, run_name(config)) as show:
+            try:
+                result = train_run(
+                    config,
+                    dataset,
+                    show,
+                    checkpoint=folder,
+                    resume=resume,
+                    save_every=save_every,
+                    stop=interruption.came,
+                    say=lambda line: console.print(f"[yellow]Note:[/] {escape(line)}", soft_wrap=True),
+                    processes=processes,
+                )
+            except Stopped as stopped:
+                command = _resuming(arguments, processes.count)
+                console.print(
+                    f"[yellow]Stopped[/] after {stopped.done.images:,} images, all saved in {escape(str(folder))}. "
+                    f"To go on: {escape(command)}",
+                    soft_wrap=True,
+                )
+                return interruption.exit_code
+    if processes.is_main:
+        _print_result(result, folder, console)
+    return 0
+
+
+@contextmanager
+def _progress(console: Console, name: str) -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal, nothing in a log."""
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[note]}"))
     with Bar(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(escape(run_name(config)), total=None, note="")
+        task = bar.add_task(escape(name), total=None, note="")
 
         def show(progress: Progress) -> None:
             note = "" if progress.accuracy is None else f"{progress.accuracy:.2f} % after the last epoch"
             bar.update(task, completed=progress.images, total=progress.total, note=note)
 
-        result = train_run(config, dataset, show, checkpoint=folder, resume=resume)
+        yield show
+
+
+def _resuming(arguments: Sequence[str], processes: int) -> str:
+    """The command that goes on where this one stopped."""
+    start = ["anybatch"] if processes == 1 else ["torchrun", f"--nproc-per-node={processes}", "-m", "anybatch"]
+    return shlex.join([*start, *arguments, *([] if "--resume" in arguments else ["--resume"])])
+
+
+def _print_result(result: RunResult, folder: Path, console: Console) -> None:
     for point in result.curve:
         console.print(f"epoch {point['epoch']}: {point['accuracy']:.2f} % test accuracy")
     if result.accuracy is None:
         console.print("[red]Diverged:[/] a loss was not finite. Try a smaller --lr.")
     else:
         console.print(
-            f"{run_name(config)}: [bold]{result.accuracy:.2f} %[/] test, {result.train_accuracy:.2f} % train accuracy "
-            f"in {result.seconds:.0f} s",
+            f"{run_name(result.config)}: [bold]{result.accuracy:.2f} %[/] test, {result.train_accuracy:.2f} % train "
+            f"accuracy in {result.seconds:.0f} s",
             soft_wrap=True,
         )
         console.print(f"Checkpoint: [bold]{escape(str(folder))}[/]", soft_wrap=True)

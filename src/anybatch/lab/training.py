@@ -21,16 +21,17 @@ from torch import Tensor, nn
 
 from anybatch.convert import convert_
 from anybatch.errors import AnybatchError
-from anybatch.lab import checkpoint as checkpoints
 from anybatch.lab import machine, networks
+from anybatch.lab.checkpoint import Checkpoints, Counters, State
 from anybatch.lab.config import RunConfig
 from anybatch.lab.data import Dataset
+from anybatch.lab.processes import ALONE, Processes
+from anybatch.lab.schedule import Order, Schedule
 from anybatch.training import attach, param_groups
 
-__all__ = ["Progress", "RunConfig", "RunResult", "build_model", "evaluate", "run_key", "train_run"]
+__all__ = ["Progress", "RunConfig", "RunResult", "Stopped", "build_model", "evaluate", "run_key", "train_run"]
 
 EVALUATION_BATCH = 500
-CURVE_POINTS = 20  # of the training loss, per epoch
 
 
 class Progress(NamedTuple):
@@ -39,6 +40,18 @@ class Progress(NamedTuple):
     images: int
     total: int
     accuracy: float | None
+
+
+class Stopped(Exception):
+    """A run ended before its last step, because it was asked to.
+
+    Attributes:
+        done: how far it had come.
+    """
+
+    def __init__(self, done: Counters) -> None:
+        super().__init__(f"stopped after {done.images} images")
+        self.done = done
 
 
 @dataclass(frozen=True)
@@ -94,82 +107,82 @@ def train_run(
     progress: Callable[[Progress], None] | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
+    save_every: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda line: None,
+    processes: Processes = ALONE,
 ) -> RunResult:
     """Trains once and measures.
 
     Args:
         config: what to train.
         dataset: what to train on.
-        progress: called after every gradient batch.
+        progress: called after every step.
         checkpoint: a folder to save to after every epoch.
-        resume: go on from `checkpoint`, at the epoch it was saved after, exactly as if never stopped.
+        resume: go on from `checkpoint`, exactly as if never stopped.
+        save_every: steps after which to save besides.
+        stop: asked after every step whether to end there.
+        say: told, in a line each, what of the checkpoint could not be had.
+        processes: that train together, each of them calling this with the same arguments. The main one's result
+            counts; the others evaluate nothing.
 
     Raises:
         AnybatchError: the configuration does not fit the machine or the data, or the checkpoint the configuration.
+        Stopped: `stop` said so, in one of the processes; all of it is saved, if there is a `checkpoint`.
     """
     machine.check_device(config.device)
-    updates = config.updates(len(dataset.train_images))
-    if updates == 0:
-        raise AnybatchError(
-            f"{len(dataset.train_images)} training images do not fill one gradient batch of {config.gradient_batch}: "
-            f"give more images"
-        )
-    micro_batches = config.gradient_batch // config.batch
-    steps_per_update = micro_batches if config.mode == "step" else 1
-    steps = config.epochs * updates * steps_per_update
-    peak_lr = config.lr * config.gradient_batch / 32 / steps_per_update
-    total_images = config.epochs * updates * config.gradient_batch
-    window = max(1, updates // CURVE_POINTS)
-
+    schedule = Schedule.of(config, len(dataset.train_images), processes.count)
+    order = Order(config.seed, len(dataset.train_images), schedule.epoch)
     model = build_model(config, dataset)
-    optimizer = torch.optim.SGD(_groups(model, config), lr=peak_lr, momentum=config.momentum)
+    optimizer = torch.optim.SGD(_groups(model, config), lr=schedule.peak_lr, momentum=config.momentum)
     attach(model, optimizer)
-    order = torch.Generator().manual_seed(config.seed)
-    done = checkpoints.Counters()
-    if checkpoint is not None and not resume:
-        checkpoints.refuse_to_overwrite(checkpoint)
-    if checkpoint is not None and resume:
-        done = checkpoints.load(checkpoint, config, dataset, model, optimizer, order)
+    state = State(model, optimizer)
+    checkpoints = None if checkpoint is None else Checkpoints(checkpoint, config, dataset, processes)
+    if checkpoints is not None:
+        if resume:
+            checkpoints.load(state, say)
+            if state.done.images == schedule.total:
+                say("the run is finished: nothing is left to train")
+        else:
+            checkpoints.refuse_to_overwrite()
+    done = state.done
+    if done.images % schedule.step:
+        raise AnybatchError(
+            f"the run stopped after {done.images} images, in the middle of a step of {processes.count} processes: "
+            f"resume it with as many as before"
+        )
+    shared = processes.share_gradients(model)
     started = time.perf_counter() - done.seconds
     diverged = False
 
-    while done.epoch < config.epochs and not diverged:
+    while done.images < schedule.total and not diverged:
         model.train()
-        losses: list[Tensor] = []
-        permutation = torch.randperm(len(dataset.train_images), generator=order)[: updates * config.gradient_batch]
-        for update, indices in enumerate(permutation.view(updates, -1).unbind()):
-            images = dataset.normalise(dataset.train_images[indices].to(config.device))
-            labels = dataset.train_labels[indices].to(config.device)
-            optimizer.zero_grad()
-            for x, y in zip(images.chunk(micro_batches), labels.chunk(micro_batches), strict=True):
-                loss = F.cross_entropy(model(x), y)
-                losses.append(loss.detach())
-                torch.autograd.backward(loss / (micro_batches // steps_per_update))
-                if config.mode == "step":
-                    _step(optimizer, peak_lr, done, steps)
-                    optimizer.zero_grad()
-            if config.mode == "accumulate":
-                _step(optimizer, peak_lr, done, steps)
-
-            if (update + 1) % window == 0 or update + 1 == updates:
-                mean_loss = float(torch.stack(losses).mean())
-                losses.clear()
-                diverged = not math.isfinite(mean_loss)
-                if diverged:
-                    break
-                done.train_loss.append([round(done.epoch + (update + 1) / updates, 4), round(mean_loss, 5)])
-            if progress is not None:
-                images_done = (done.epoch * updates + update + 1) * config.gradient_batch
-                progress(Progress(images_done, total_images, done.accuracy))
-        if diverged:
-            break
-        accuracy, test_loss = evaluate(model, dataset, "test", config.device)
-        done.epoch += 1
-        done.curve.append({"epoch": done.epoch, "accuracy": accuracy, "loss": test_loss})
+        indices = processes.part(order.after(done.images, schedule.step))
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.lr(done.images)
+        state.losses += _step(shared, optimizer, dataset, indices, config.device, schedule.micro_batches, processes)
+        done.images += schedule.step
+        if schedule.ends_window(done.images):
+            mean_loss = processes.mean(float(torch.stack(state.losses).mean()))
+            state.losses.clear()
+            diverged = not math.isfinite(mean_loss)
+            if diverged:
+                break
+            done.train_loss.append([round(done.images / schedule.epoch, 4), round(mean_loss, 5)])
+        if progress is not None:
+            progress(Progress(done.images, schedule.total, done.accuracy))
+        if schedule.ends_epoch(done.images):
+            accuracy, test_loss = evaluate(model, dataset, "test", config.device) if processes.is_main else (None, None)
+            done.curve.append({"epoch": len(done.curve) + 1, "accuracy": accuracy, "loss": test_loss})
         done.seconds = time.perf_counter() - started
-        if checkpoint is not None:
-            checkpoints.save(checkpoint, config, dataset, model, optimizer, order, done)
+        stopping = processes.any(stop()) and done.images < schedule.total
+        due = save_every is not None and done.images // schedule.step % save_every == 0
+        if checkpoints is not None and (stopping or due or schedule.ends_epoch(done.images)):
+            checkpoints.save(state)
+        if stopping:
+            raise Stopped(done)
 
+    measured = processes.is_main and not diverged
     return RunResult(
         key=run_key(config, dataset),
         config=config,
@@ -177,7 +190,7 @@ def train_run(
         status="diverged" if diverged else "finished",
         accuracy=None if diverged else done.accuracy,
         loss=None if diverged else done.curve[-1]["loss"],
-        train_accuracy=None if diverged else evaluate(model, dataset, "train", config.device)[0],
+        train_accuracy=evaluate(model, dataset, "train", config.device)[0] if measured else None,
         seconds=round(time.perf_counter() - started, 3),
         curve=done.curve,
         train_loss=done.train_loss,
@@ -216,8 +229,24 @@ def _groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
     return param_groups(model, config.weight_decay, config.norm_weight_decay)
 
 
-def _step(optimizer: torch.optim.Optimizer, peak_lr: float, done: checkpoints.Counters, steps: int) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = peak_lr * 0.5 * (1 + math.cos(math.pi * done.step / steps))
+def _step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    dataset: Dataset,
+    indices: Tensor,
+    device: str,
+    micro_batches: int,
+    processes: Processes,
+) -> list[Tensor]:
+    """One step of the optimizer; the losses of its micro-batches."""
+    images = dataset.normalise(dataset.train_images[indices].to(device)).chunk(micro_batches)
+    labels = dataset.train_labels[indices].to(device).chunk(micro_batches)
+    optimizer.zero_grad()
+    losses = []
+    for before_last, x, y in zip(reversed(range(micro_batches)), images, labels, strict=True):
+        with processes.gradients(model, send=not before_last):
+            loss = F.cross_entropy(model(x), y)
+            torch.autograd.backward(loss / micro_batches)
+        losses.append(loss.detach())
     optimizer.step()
-    done.step += 1
+    return losses

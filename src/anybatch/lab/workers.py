@@ -16,6 +16,7 @@ import torch
 from anybatch.errors import AnybatchError
 from anybatch.lab.config import RunConfig
 from anybatch.lab.data import Dataset, load
+from anybatch.lab.interruption import Interruption
 from anybatch.lab.training import Progress, RunResult, train_run
 
 __all__ = ["Advanced", "Event", "Failed", "Finished", "Started", "run_all"]
@@ -97,8 +98,11 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(target=_work, args=(theirs,), daemon=True)
-        self.process.start()
+        with Interruption() as interruption:  # in mid-start it would leave a process that waits for its orders
+            self.process.start()
         theirs.close()
+        if interruption.signal is not None:
+            signal.raise_signal(interruption.signal)
         self.died = False
         self.config: RunConfig | None = None
 

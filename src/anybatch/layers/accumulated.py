@@ -39,6 +39,7 @@ from ..errors import AnybatchError
 from .base import NormLayer
 from .config import NormConfig
 from .options import check_choice
+from .replay import first_run
 
 __all__ = ["AccumulatedBN", "AccumulatedBatchNorm"]
 
@@ -161,6 +162,8 @@ class AccumulatedBatchNorm(NormLayer):
         if self._replay.is_second_run():
             known, values = self._replay.recall(now.mean, 0)
         else:
+            if not self._optimizers and not torch.is_grad_enabled():
+                self._start_anew()  # no gradient that could be accumulated: swa_utils.update_bn
             with torch.no_grad():
                 known, values = self._known(now)
                 self._gather(now, batch.examples)
@@ -204,7 +207,7 @@ class AccumulatedBatchNorm(NormLayer):
         return weight if weight is not None and weight.requires_grad else None
 
     def _gather(self, now: Moments, examples: int | Tensor) -> None:
-        ok = torch.isfinite((now.mean + now.var).sum())
+        ok = first_run(torch.isfinite((now.mean + now.var).sum()), repeatable=False)
         mean, var = torch.where(ok, now.mean, 0.0), torch.where(ok, now.var, 0.0)
         size = now.size * ok.to(now.mean.dtype)
         batch = self._batch

@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..core.tensors import function_name, version
 from ..errors import AnybatchError
-from .feed import eager
 
 __all__ = ["Activates", "Activation", "await_activation"]
 
@@ -48,11 +47,13 @@ class Activates(Protocol):
         """What shall come out where the activation of the layer's output is ``out``."""
 
 
-@eager
 def await_activation(u: Tensor, layer: Activates) -> Tensor:
     """``u`` itself, to be given to the activation of ``layer``; no one else may have it yet."""
-    out = cast("_Awaiting", u)
-    out.__class__ = _Awaiting  # as_subclass would make a view, which a checkpoint does not let be changed in place
+    if torch.compiler.is_compiling():
+        out = u.as_subclass(_Awaiting)
+    else:
+        out = cast("_Awaiting", u)
+        out.__class__ = _Awaiting  # as_subclass would make a view, which a checkpoint does not let be changed in place
     out.layer = layer
     return out
 
@@ -64,11 +65,12 @@ class _Awaiting(Tensor):
     done: Tensor | None = None  # what came out of an activation in place: from then on this tensor means that
 
     @classmethod
-    @eager
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """The layer's word where ``func`` is the activation, torch's where it computes nothing, else an error."""
+        if torch.compiler.is_compiling():
+            return _traced(func, args, kwargs or {})
         waiting: list[_Awaiting] = []
 
         def settle(u: _Awaiting) -> Tensor:
@@ -94,7 +96,24 @@ class _Awaiting(Tensor):
             idle = result is u and version(u) == before  # dropout in evaluation, contiguous
             if idle or name in _LOOKS or not any(isinstance(t, Tensor) for t in tree_leaves(result)):
                 return result
-        raise AnybatchError(
-            f"{type(u.layer).__name__}: its output was to go to {u.layer.activation} and is given to {name}. Convert "
-            "the model again with example inputs that show how it runs now; look at the output through .detach()"
-        )
+        raise _astray(u.layer, name)
+
+
+def _traced(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The same inside a compiled graph, which knows no tensor changed in place and follows plain calls only."""
+    u = args[0] if args else kwargs["input"]
+    with torch._C.DisableTorchFunctionSubclass():
+        result = func(*args, **kwargs)
+    if function_name(func) == u.layer.activation:
+        rest = {k: v for k, v in kwargs.items() if k != "input"}
+        return u.layer.activated(result, Activation(func, tuple(args[1:]), rest))
+    if isinstance(result, Tensor):
+        raise _astray(u.layer, function_name(func))
+    return result
+
+
+def _astray(layer: Activates, name: str) -> AnybatchError:
+    return AnybatchError(
+        f"{type(layer).__name__}: its output was to go to {layer.activation} and is given to {name}. Convert the model "
+        "again with example inputs that show how it runs now; look at the output through .detach()"
+    )

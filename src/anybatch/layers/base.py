@@ -19,7 +19,7 @@ from ..errors import AnybatchError
 from .checks import check_input
 from .fused import keep_tail
 from .options import check_flag, check_number
-from .replay import Replay
+from .replay import Replay, first_run
 from .surroundings import Surroundings
 from .synced import SyncedLayer
 
@@ -53,6 +53,7 @@ class NormLayer(SyncedLayer):
     # Whether training has moments to normalise one value a channel by; else it is normalised by the running ones.
     takes_single_values: ClassVar[bool] = False
     can_weigh: bool = True  # whether evaluation can mix the example's own moments into the running ones
+    repeatable: ClassVar[bool] = True  # whether training gives the same again if the first time was not taken in
     uses_running: ClassVar[bool] = True  # whether the running statistics are for anything
 
     dims: int = 0  # spatial dimensions an input must have; 0: the first one settles it
@@ -233,7 +234,7 @@ class NormLayer(SyncedLayer):
         assert self.num_batches_tracked is not None
         if ok is None:
             ok = torch.isfinite((now.mean + now.var).sum())
-            ok = ok & (now.size > 1) if isinstance(now.size, Tensor) else ok
+            ok = first_run(ok & (now.size > 1) if isinstance(now.size, Tensor) else ok, self.repeatable)
         self.num_batches_tracked.add_(ok)
         rate: Tensor | float
         if self.momentum is None:

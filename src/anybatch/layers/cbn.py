@@ -37,6 +37,7 @@ from .config import NormConfig
 from .feed import Feed
 from .history import History, HistoryLayer
 from .options import check_choice, check_flag, check_whole
+from .replay import first_run, once
 
 __all__ = ["CBN", "CrossIterationBatchNorm"]
 
@@ -172,7 +173,8 @@ class CrossIterationBatchNorm(HistoryLayer):
         history = self.history_of(index).like(batch.now.mean)
         pooled = self._replay.recall(batch.now.mean, index) if self._replay.is_second_run() else None
         if pooled is None:
-            pooled = self._pool(history, batch, examples)
+            pooled, at = once(self._pool, history, batch)
+            self._push(history, batch, at, examples)
             self._replay.remember(batch.now.mean, index, pooled)
         averages = self.averages(history) if self.average_reductions and batch.patch.numel() else None
         on_backward = None if torch.compiler.is_compiling() else self._replay.backward_begins
@@ -203,8 +205,8 @@ class CrossIterationBatchNorm(HistoryLayer):
         return Batch(now, rows, bias, patch, covariance), whole.examples
 
     @torch.no_grad()
-    def _pool(self, history: History, batch: Batch, examples: int | Tensor) -> Pooled:
-        """What the batch is normalised by; it goes into the history and the running statistics."""
+    def _pool(self, history: History, batch: Batch) -> tuple[Pooled, Responses]:
+        """What the batch is normalised by, and its own responses to the weights."""
         now, samples = batch.now, self.pooling == "samples"
         past = history.entries()
         at = responses(past, batch.patch, batch.covariance, batch.rows, batch.bias, self.group)
@@ -230,14 +232,13 @@ class CrossIterationBatchNorm(HistoryLayer):
         if self.gradient == "history":
             mean_by_weight, var_by_weight, var_by_bias = history_gradient(past, carried, shares[1:], mean)
             pooled = Pooled(mean, var, share, (mean_by_weight, var_by_weight), (shares[1:].sum(), var_by_bias))
-        self._push(history, batch, at[1], examples)
-        return pooled
+        return pooled, at[1]
 
+    @torch.no_grad()
     def _push(self, history: History, batch: Batch, at: Responses, examples: int | Tensor) -> None:
         now = batch.now
         ok = torch.isfinite((now.mean + now.var + at.mean[:, 0] + at.var[:, 0]).sum())
-        if isinstance(now.size, Tensor):
-            ok = ok & (now.size > 0)
+        ok = first_run(ok & (now.size > 0) if isinstance(now.size, Tensor) else ok, repeatable=False)
         history.push_(now, ok, at.mean[:, 0], at.var[:, 0], batch.patch, batch.covariance)
         self.track_(now, examples, ok, total=not self.torch_running, momentum_batch=self.momentum_batch)
 

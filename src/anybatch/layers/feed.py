@@ -8,7 +8,6 @@ themselves.
 
 from typing import Any, NamedTuple, Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -19,10 +18,8 @@ from ..errors import AnybatchError
 from .base import NormLayer
 from .surroundings import Surroundings
 
-__all__ = ["FedLayer", "Feed", "Link", "eager"]
+__all__ = ["FedLayer", "Feed", "Link"]
 
-# Runs as it is inside a compiled model: no graph has a place for what is tied to tensors or kept between steps.
-eager = torch._disable_dynamo  # type: ignore[attr-defined]
 
 _TAG = "_anybatch_feed"
 
@@ -36,6 +33,10 @@ class Feed(NamedTuple):
     weight: Tensor  # the weight that made the output, attached
     bias: Tensor | None
     version: int  # of the output tensor when it was made
+
+    def detached(self) -> "Feed":
+        """The same of a map that ran without gradients, and gets none through its norm."""
+        return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
 
 class Link(NamedTuple):
@@ -130,13 +131,29 @@ class FedLayer(NormLayer):
             if feed is not None and link.map is feed.map:
                 if feed.version != now or y.dim() != feed.weight.dim():
                     break
-                return i, feed
+                return i, self._reached(feed, y)
         followed = " or ".join(str(link.map) for link in self._links)
         raise AnybatchError(
             f"{type(self).__name__}({self.num_features}): its input of shape {tuple(y.shape)} is not the untouched "
             f"output of {followed}, which it follows. Convert the model again with "
             "example inputs that show how it runs now, or call unfollow() to pool without compensation"
         )
+
+    def _reached(self, feed: Feed, y: Tensor) -> Feed:
+        """The feed, its weights attached where a gradient of ``y`` reaches the map.
+
+        Raises:
+            AnybatchError: it does, and the weight was computed where autograd could not see it.
+        """
+        if not y.requires_grad:
+            return feed.detached()
+        unseen = parametrize.is_parametrized(feed.map, "weight") and not feed.weight.requires_grad
+        if unseen and any(p.requires_grad for p in feed.map.get_submodule("parametrizations").parameters()):
+            raise AnybatchError(
+                f"{type(self).__name__}: its map's parametrized weight was computed without gradients, in a reentrant "
+                "checkpoint that ends between the two; put the norm inside, or use_reentrant=False"
+            )
+        return feed
 
     def _stash_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.training:
@@ -155,8 +172,6 @@ def _feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], vers
     geometry = LinearMap.of(module)
     assert geometry is not None
     weight, bias = module.weight, module.bias
-    if not torch.is_grad_enabled():  # the map ran without gradients, and gets none through its norm
-        weight, bias = weight.detach(), None if bias is None else bias.detach()  # type: ignore[operator]
     return Feed(module, geometry, x.detach(), weight, bias, version)  # type: ignore[arg-type]
 
 

@@ -58,7 +58,7 @@ class History:
         self.count.index_fill_(0, self.slot, now.size if isinstance(now.size, Tensor) else float(now.size))
         self.slot.add_(ok).remainder_(self.count.shape[0])
         self.count.index_fill_(0, self.slot, 0.0)
-        self.forwards.add_(1)
+        self.forwards.add_(ok)
 
     def tensors(self) -> list[Tensor]:
         """All there is."""
@@ -120,6 +120,11 @@ class HistoryLayer(FedLayer):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without history: it is training state, see :func:`anybatch.history_state_dict`."""
         return {**super().__getstate__(), "histories": {}, "_stash": None, "loss_scale": None}
+
+    def reset_running_stats(self) -> None:
+        """As in torch; also forgets the history."""
+        super().reset_running_stats()
+        self.histories = {}
 
     def history_of(self, index: int) -> History:
         """The history of a map (-1: none), made by the first training forward."""

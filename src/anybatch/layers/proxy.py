@@ -206,6 +206,8 @@ class ProxyNormalization(NormLayer):
 
     def _remembered(self, activation: Activation, dims: int) -> tuple[Tensor, Tensor]:
         """:meth:`proxy_moments`, in evaluation without gradients once until a parameter or the activation changes."""
+        if torch.compiler.is_compiling():
+            return self.proxy_moments(activation, dims)
         func, args, kwargs = activation
         called = [func, dims, torch.is_inference_mode_enabled(), *args, *kwargs, *kwargs.values()]
         used = [*called, *self._parameters.values()]

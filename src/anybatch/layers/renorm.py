@@ -29,6 +29,7 @@ from ..errors import AnybatchError
 from .base import NormLayer
 from .config import NormConfig
 from .options import check_number, check_whole
+from .replay import once
 
 __all__ = ["BatchRenorm", "BatchRenormalization"]
 
@@ -72,6 +73,8 @@ class BatchRenormalization(NormLayer):
     ramp_from: int
     ramp_to: int
     momentum_batch: int | None
+
+    repeatable = False  # what it corrects towards has moved
 
     def __init__(
         self,
@@ -125,7 +128,7 @@ class BatchRenormalization(NormLayer):
         if self._replay.is_second_run():
             correction = self._replay.recall(now.mean, 0)
         else:
-            correction = self._correction(now)
+            correction = once(self._correction, now)
             self._replay.remember(now.mean, 0, correction)
         self.track_(now, batch.examples, total=True, momentum_batch=self.momentum_batch)
         mean, var = batch.mean, batch.var

@@ -1,18 +1,21 @@
 """Activation checkpointing runs a forward twice; the second run must repeat the first bit for bit and push nothing.
 
 A forward that runs inside a backward is such a second run. It is matched to its first by the batch's own moments.
-Inside a compiled graph there is none: the compiler repeats what has no effects, and keeps the rest.
+Inside a compiled graph there is none: the compiler repeats what has no effects, and keeps the rest. A checkpoint around
+one repeats the effects too, unless the graph asks as it runs: ``first_run``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import AnybatchError
 
-__all__ = ["Replay"]
+__all__ = ["Replay", "first_run", "once"]
 
 _KEPT = 16  # first runs that wait for their second; more at once than the levels of a detection head
 
@@ -23,7 +26,42 @@ class _FirstRun:
     index: int  # of the map
     pooled: Any
     backwards: int  # that had begun when it ran
-    repeated: bool = False
+    repeated: int = 0
+
+
+@torch.library.custom_op("anybatch::first_run", mutates_args=())
+def _first_run(ok: Tensor, repeatable: bool) -> Tensor:
+    second = Replay.is_second_run()
+    if second and not repeatable:
+        raise AnybatchError(
+            "a checkpoint around a compiled function runs it a second time, and the norm in it has since moved on: "
+            "compile the checkpoint with it, as in torch.compile(lambda x: checkpoint(block, x, use_reentrant=False))"
+        )
+    return ok & (not second)
+
+
+@_first_run.register_fake
+def _(ok: Tensor, repeatable: bool) -> Tensor:
+    return torch.empty_like(ok)
+
+
+def first_run(ok: Tensor, repeatable: bool = True) -> Tensor:
+    """``ok``, and inside a compiled graph False as a checkpoint around the graph runs it again.
+
+    Args:
+        ok: a bool on the device.
+        repeatable: whether a second run that takes nothing in gives what the first gave; else it raises AnybatchError.
+    """
+    return _first_run(ok, repeatable) if torch.compiler.is_compiling() else ok
+
+
+def once(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``; what it gives is kept where a checkpoint inside a compiled graph would compute it again."""
+    if not torch.compiler.is_compiling():
+        return function(*args)
+    from .compiling import computed_once  # torch's compiler is not imported before it is used
+
+    return computed_once(function, *args)
 
 
 class Replay:
@@ -55,18 +93,25 @@ class Replay:
             self._runs = [run for run in self._runs if run.backwards == self._backwards]
 
     def recall(self, mean: Tensor, index: int) -> Any:
-        """What the latest first run with these moments normalised by.
+        """What the latest of the first runs with these moments that were repeated least normalised by.
 
         It stays until the next first run, since a retained graph runs it once more.
 
         Raises:
             AnybatchError: there is none.
         """
-        for run in reversed(self._runs):
-            if run.index == index and torch.equal(run.mean, mean):
-                run.repeated = True
-                return run.pooled
+        with _disable_current_modes():  # a selective checkpoint's would look for the comparison in the first run
+            runs = [run for run in reversed(self._runs) if run.index == index and _equal(run.mean, mean)]
+        if runs:
+            run = min(runs, key=lambda run: run.repeated)
+            run.repeated += 1
+            return run.pooled
         raise AnybatchError(
             "a checkpointed forward was recomputed on other values than it first ran on, or more than "
             f"{_KEPT} forwards ago: make the checkpointed function deterministic, or checkpoint fewer forwards at once"
         )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, nan included."""
+    return torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)

@@ -1,0 +1,98 @@
+"""What a run does when: which images at which step, at which learning rate. All of it follows from the images done."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anybatch.errors import AnybatchError
+from anybatch.lab.config import RunConfig
+
+__all__ = ["Order", "Schedule"]
+
+CURVE_POINTS = 20  # of the training loss, per epoch
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The run in numbers of images, all processes together.
+
+    Attributes:
+        epoch: images of an epoch; the last, partial gradient batch is dropped.
+        total: images of the run.
+        step: images of one step of the optimizer.
+        micro_batches: of one step and process.
+        window: images that one point of the training loss is the mean of.
+        peak_lr: learning rate of the first step.
+    """
+
+    epoch: int
+    total: int
+    step: int
+    micro_batches: int
+    window: int
+    peak_lr: float
+
+    @classmethod
+    def of(cls, config: RunConfig, train_images: int, processes: int) -> "Schedule":
+        """The schedule of a configuration.
+
+        Raises:
+            AnybatchError: the images do not fill a gradient batch, or the processes do not divide it.
+        """
+        updates, gradient_batch = config.updates(train_images), config.gradient_batch
+        if updates == 0:
+            raise AnybatchError(
+                f"{train_images} training images do not fill one gradient batch of {gradient_batch}: give more images"
+            )
+        together = config.batch * processes
+        if gradient_batch % together:
+            raise AnybatchError(
+                f"{processes} processes with batch {config.batch} see {together} images at once, which does not divide "
+                f"the gradient batch {gradient_batch}: choose another --batch, or another number of processes"
+            )
+        step = gradient_batch if config.mode == "accumulate" else together
+        return cls(
+            epoch=updates * gradient_batch,
+            total=config.epochs * updates * gradient_batch,
+            step=step,
+            micro_batches=step // together,
+            window=max(1, updates // CURVE_POINTS) * gradient_batch,
+            peak_lr=config.lr * step / 32,
+        )
+
+    def lr(self, images: int) -> float:
+        """The learning rate of the step that comes after so many images."""
+        return self.peak_lr * 0.5 * (1 + math.cos(math.pi * images / self.total))
+
+    def ends_epoch(self, images: int) -> bool:
+        """Whether so many images are whole epochs."""
+        return images % self.epoch == 0
+
+    def ends_window(self, images: int) -> bool:
+        """Whether a point of the training loss is due after so many images."""
+        return self.ends_epoch(images) or images % self.epoch % self.window == 0
+
+
+class Order:
+    """The images in the order they are trained on: a permutation an epoch, one after another from the seed.
+
+    Args:
+        seed: of the first permutation.
+        train_images: that there are.
+        epoch: that an epoch takes of them.
+    """
+
+    def __init__(self, seed: int, train_images: int, epoch: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._train_images, self._epoch = train_images, epoch
+        self._drawn = 0
+
+    def after(self, images: int, count: int) -> Tensor:
+        """The indices of the next `count`, of one epoch; `images` never decreases from call to call."""
+        epoch, position = divmod(images, self._epoch)
+        while self._drawn <= epoch:
+            self._permutation = torch.randperm(self._train_images, generator=self._generator)
+            self._drawn += 1
+        return self._permutation[position : position + count]
