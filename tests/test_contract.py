@@ -213,29 +213,6 @@ def test_a_cotangent_of_any_layout(name: str) -> None:
     torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("default")  # the compiler reads .grad of non-leaf tensors, and says so
-@every_method
-def test_compiles(name: str) -> None:
-    """Training steps through torch.compile equal eager ones."""
-    results = []
-    for compiling in (False, True):
-        torch.manual_seed(5)
-        net = converted(name)
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-        ab.attach(net, optimizer)
-        run = torch.compile(net, backend="aot_eager") if compiling else net
-        for _ in range(3):
-            x = example().requires_grad_()
-            out = run(x)
-            optimizer.zero_grad()
-            out.backward(torch.randn_like(out))
-            results.append([out.detach(), x.grad, *(p.grad.clone() for p in net.parameters() if p.grad is not None)])
-            optimizer.step()
-    for eager, compiled in zip(results[:3], results[3:], strict=True):
-        for a, b in zip(eager, compiled, strict=True):
-            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
-
-
 @every_method
 def test_reverts_and_folds(name: str) -> None:
     """Back to plain BatchNorm bit for bit; folded to float error. What cannot says so."""

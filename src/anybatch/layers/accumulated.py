@@ -39,7 +39,7 @@ from ..errors import AnybatchError
 from .base import NormLayer
 from .config import NormConfig
 from .options import check_choice
-from .replay import first_run
+from .replay import as_they_are, first_run
 
 __all__ = ["AccumulatedBN", "AccumulatedBatchNorm"]
 
@@ -184,7 +184,7 @@ class AccumulatedBatchNorm(NormLayer):
         alone = not isinstance(now.size, Tensor) and now.size == 1  # over several ranks whole() has seen to it
         if alone and self.running_mean is not None and self.running_var is not None:
             # One value has no variance of its own, and there is nothing to pool it with.
-            return _Gathered(self.running_mean.clone(), self.running_var.clone(), now.mean.new_ones(())), 0
+            return _Gathered(*as_they_are(self.running_mean, self.running_var), now.mean.new_ones(())), 0
         return None, now.size
 
     def _check_signal(self, batch: _Batch) -> None:

@@ -174,7 +174,7 @@ class CrossIterationBatchNorm(HistoryLayer):
         pooled = self._replay.recall(batch.now.mean, index) if self._replay.is_second_run() else None
         if pooled is None:
             pooled, at = once(self._pool, history, batch)
-            self._push(history, batch, at, examples)
+            self._push(history, batch, pooled, at, examples)
             self._replay.remember(batch.now.mean, index, pooled)
         averages = self.averages(history) if self.average_reductions and batch.patch.numel() else None
         on_backward = None if torch.compiler.is_compiling() else self._replay.backward_begins
@@ -235,9 +235,13 @@ class CrossIterationBatchNorm(HistoryLayer):
         return pooled, at[1]
 
     @torch.no_grad()
-    def _push(self, history: History, batch: Batch, at: Responses, examples: int | Tensor) -> None:
+    def _push(self, history: History, batch: Batch, pooled: Pooled, at: Responses, examples: int | Tensor) -> None:
         now = batch.now
-        ok = torch.isfinite((now.mean + now.var + at.mean[:, 0] + at.var[:, 0]).sum())
+        sums = (now.mean + now.var + at.mean[:, 0] + at.var[:, 0]).sum()
+        if torch.compiler.is_compiling() and pooled.by_weight is not None and pooled.by_bias is not None:
+            # Needed by the forward too, or a compiler computes them after the history has changed, in the backward.
+            sums = sums + torch.stack([t.sum() for t in (*pooled.by_weight, *pooled.by_bias)]).sum()
+        ok = torch.isfinite(sums)
         ok = first_run(ok & (now.size > 0) if isinstance(now.size, Tensor) else ok, repeatable=False)
         history.push_(now, ok, at.mean[:, 0], at.var[:, 0], batch.patch, batch.covariance)
         self.track_(now, examples, ok, total=not self.torch_running, momentum_batch=self.momentum_batch)

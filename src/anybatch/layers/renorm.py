@@ -29,7 +29,7 @@ from ..errors import AnybatchError
 from .base import NormLayer
 from .config import NormConfig
 from .options import check_number, check_whole
-from .replay import once
+from .replay import as_they_are
 
 __all__ = ["BatchRenorm", "BatchRenormalization"]
 
@@ -128,7 +128,7 @@ class BatchRenormalization(NormLayer):
         if self._replay.is_second_run():
             correction = self._replay.recall(now.mean, 0)
         else:
-            correction = once(self._correction, now)
+            correction = self._correction(now)
             self._replay.remember(now.mean, 0, correction)
         self.track_(now, batch.examples, total=True, momentum_batch=self.momentum_batch)
         mean, var = batch.mean, batch.var
@@ -143,12 +143,13 @@ class BatchRenormalization(NormLayer):
         """The corrections r and d (C,); None without running statistics."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return None
-        ramped = (self.num_batches_tracked + (1 - self.ramp_from)).to(now.mean.dtype)
+        running_mean, running_var, forwards = as_they_are(self.running_mean, self.running_var, self.num_batches_tracked)
+        ramped = (forwards + (1 - self.ramp_from)).to(now.mean.dtype)
         ramp = (ramped / max(self.ramp_to - self.ramp_from, 1)).clamp(0, 1)
         most, furthest = 1 + (self.r_max - 1) * ramp, self.d_max * ramp
-        sigma = (self.running_var + self.eps).sqrt()
+        sigma = (running_var + self.eps).sqrt()
         r = ((now.var + self.eps).sqrt() / sigma).clamp(1 / most, most)
-        d = ((now.mean - self.running_mean) / sigma).clamp(-furthest, furthest)
+        d = ((now.mean - running_mean) / sigma).clamp(-furthest, furthest)
         return r, d
 
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import AnybatchError
 
-__all__ = ["Replay", "first_run", "once"]
+__all__ = ["Replay", "as_they_are", "first_run", "once"]
 
 _KEPT = 16  # first runs that wait for their second; more at once than the levels of a detection head
 
@@ -62,6 +62,15 @@ def once(function: Callable[..., Any], *args: Any) -> Any:
     from .compiling import computed_once  # torch's compiler is not imported before it is used
 
     return computed_once(function, *args)
+
+
+def as_they_are(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Copies of what a forward reads and then changes, kept where a checkpoint inside a graph would read it again."""
+    return once(_copies, *tensors)  # type: ignore[no-any-return]
+
+
+def _copies(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.clone() for t in tensors)
 
 
 class Replay:

@@ -1,0 +1,268 @@
+"""torch.compile with fullgraph=True: no break, no graph after the second step, what eager training gives."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
+
+import anybatch as ab
+from anybatch.lab.networks import small_resnet
+
+from .small_models import ConvNorm, SharedHead, SharedNorm
+from .test_contract import every_method
+from .tolerances import REORDERED
+
+# The compiler reads .grad of tensors that are no leaves, and says so.
+pytestmark = pytest.mark.filterwarnings("default")
+SIZES = [(12, 10), (12, 10), (15, 17), (20, 11), (9, 14)]
+Compile = Callable[[nn.Module], Any]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def compiled(net: nn.Module, backend: str = "aot_eager", **options: Any) -> Any:
+    return torch.compile(net, fullgraph=True, backend=backend, **options)
+
+
+def net_of(name: str, make: Callable[[], nn.Module], x: Tensor) -> nn.Module:
+    torch.manual_seed(1)
+    net = make()
+    ab.convert_(net, ab.METHODS[name].small, example_inputs=x)
+    return net
+
+
+def batches(sizes: list[tuple[int, int]], channels: int = 3, n: int = 2) -> list[Tensor]:
+    g = torch.Generator().manual_seed(2)
+    return [torch.randn(n, channels, *size, generator=g) for size in sizes]
+
+
+def train(net: nn.Module, run: Any, images: list[Tensor], micro_batches: int = 1) -> tuple[list[Tensor], list[int]]:
+    """Outputs, gradients, final state and history; and the graphs there were after every step."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.002)
+    ab.attach(net, optimizer)
+    seen, graphs = [], []
+    for step, x in enumerate(images):
+        g = torch.Generator().manual_seed(step)
+        optimizer.zero_grad()
+        for part in x.chunk(micro_batches):
+            out = run(part)
+            parts = out if isinstance(out, (list, tuple)) else [out]
+            torch.autograd.backward(parts, [torch.randn(p.shape, generator=g) for p in parts])
+            seen += [p.detach().clone() for p in parts]
+        seen += [p.grad.clone() for p in net.parameters() if p.grad is not None]
+        optimizer.step()
+        graphs.append(counters["stats"]["unique_graphs"])
+    seen += [t.clone() for t in net.state_dict().values()]
+    for layer in ab.history_state_dict(net)["layers"].values():
+        for history in layer.values():
+            # A slot without weight may hold what it held before.
+            counts = history["count"] > 0
+            seen += [history["count"], history["scalars"][..., counts], history["covariance"][:, counts]]
+            seen += [history["reductions"], history["forwards"]]
+    return seen, graphs
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> None:
+    assert len(a) == len(b)
+    scale = max(float(t.abs().max()) for t in a if t.numel())
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x.float() / scale, y.float() / scale, **REORDERED)
+
+
+class Checkpointed(nn.Module):
+    """Two blocks, each under a checkpoint unless ``plain``; the second is called ``levels`` times."""
+
+    def __init__(self, levels: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.levels, self.plain = levels, True
+
+    def first(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x)))
+
+    def second(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn2(self.conv2(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) if self.plain else checkpoint(self.first, x, use_reentrant=False)
+        for _ in range(self.levels):
+            x = x + (self.second(x) if self.plain else checkpoint(self.second, x, use_reentrant=False))
+        return x
+
+
+def resnet() -> nn.Module:
+    return small_resnet(4, in_channels=3, widths=(4, 8))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("name", "make"), [*((name, Checkpointed) for name in ab.METHODS), ("cbn", resnet)])
+def test_training(name: str, make: Callable[[], nn.Module], dynamic: bool) -> None:
+    """In one graph, on changing image sizes with dynamic=True; the first step of all is a compiled one."""
+    images = batches(SIZES if dynamic else SIZES[:2] * 2)
+    results = []
+    for compiling in (False, True):
+        net = net_of(name, make, images[0])
+        results.append(train(net, compiled(net, dynamic=dynamic) if compiling else net, images))
+    same(results[1][0], results[0][0])
+    graphs = results[1][1]
+    assert graphs[1:] == [graphs[1]] * (len(images) - 1)
+    assert graphs[-1] == (2 if name == "bgn" else 1)  # bgn's first batch settles its groups
+    assert not counters["graph_break"]
+
+
+@every_method
+def test_evaluation_between_training_steps(name: str) -> None:
+    """One graph more."""
+    images = batches([(12, 10)] * 4)
+    net = net_of(name, Checkpointed, images[0])
+    run = compiled(net)
+    train(net, run, images[:2])
+    before = counters["stats"]["unique_graphs"]
+    net.eval()
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(run(images[2]), net(images[2]), **REORDERED)
+    assert counters["stats"]["unique_graphs"] == before + 1
+    net.train()
+    train(net, run, images[2:])
+    assert counters["stats"]["unique_graphs"] == before + 1
+
+
+MODELS = {
+    "shared head": (lambda: SharedHead(per_level=False), 3),
+    "a norm a level": (lambda: SharedHead(per_level=True), 3),
+    "shared norm": (SharedNorm, 3),
+    "norm inside its map": (lambda: nn.Sequential(ConvNorm(3, 4, 3, norm=nn.BatchNorm2d(4)), nn.Conv2d(4, 2, 1)), 3),
+    "parametrized map": (lambda: nn.Sequential(weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)), 3),
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3, 2, groups=2), nn.BatchNorm2d(6)), 4),
+    "reflect": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(4)), 3),
+    "dilated same": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding="same", dilation=2), nn.BatchNorm2d(4)), 3),
+    "linear": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 120, 5), nn.BatchNorm1d(5)), 3),
+    "sum before the norm": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)), 3),
+}
+
+
+@pytest.mark.parametrize("name", ["cbn", "iebn-cbn"])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_way_in_which_maps_and_norms_meet(model: str, name: str) -> None:
+    make, channels = MODELS[model]
+    images = batches([(12, 10)] * 4, channels)
+    results = []
+    for compiling in (False, True):
+        net = net_of(name, make, images[0])
+        results.append(train(net, compiled(net) if compiling else net, images))
+    same(results[1][0], results[0][0])
+    assert results[1][1][-1] <= 2
+
+
+@pytest.mark.parametrize("name", ["cbn", "accumulated", "renorm", "weighed"])
+def test_accumulation(name: str) -> None:
+    images = batches([(12, 10)] * 4, n=6)
+    results = []
+    for compiling in (False, True):
+        net = net_of(name, Checkpointed, images[0])
+        results.append(train(net, compiled(net) if compiling else net, images, micro_batches=3))
+    same(results[1][0], results[0][0])
+    assert len(set(results[1][1][1:])) == 1
+
+
+@every_method
+def test_autocast(name: str) -> None:
+    """bfloat16 under autocast, near eager's; what is kept is float32 either way."""
+    images = batches([(12, 10)] * 3)
+    results = []
+    for compiling in (False, True):
+        net = net_of(name, Checkpointed, images[0])
+        run = compiled(net) if compiling else net
+
+        def forward(x: Tensor, run: Any = run) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return run(x).float()
+
+        results.append(train(net, forward, images)[0])
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype
+        assert float((a.float() - b.float()).norm()) <= 0.05 * float(b.float().norm()) + 1e-3
+
+
+# AccumulatedBN begins a batch in a forward, BGN may settle its groups there: refused, see below.
+@pytest.mark.parametrize("name", [name for name in ab.METHODS if name not in ("accumulated", "bgn")])
+@pytest.mark.parametrize("levels", [1, 3])
+def test_a_checkpoint_inside(name: str, levels: int) -> None:
+    """What is computed again in the backward normalises by what the forward did, though the history has moved on."""
+    images = batches([(12, 10)] * 4)
+    results = []
+    for compiling in (False, True):
+        net = net_of(name, lambda: Checkpointed(levels), images[0])
+        net.plain = not compiling
+        results.append(train(net, compiled(net) if compiling else net, images)[0])
+    same(results[1], results[0])
+
+
+@pytest.mark.parametrize("name", ["accumulated", "bgn"])
+def test_a_checkpoint_inside_is_refused_where_a_forward_sets_more_than_tensors(name: str) -> None:
+    """By torch, with fullgraph=True; without, it runs such a checkpoint eagerly."""
+    x = batches([(12, 10)])[0]
+    net = net_of(name, Checkpointed, x)
+    net.plain = False
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"(?s)checkpoint.*(Accumulated|Group)"):
+        compiled(net)(x)
+
+
+@pytest.mark.parametrize("name", ["weighed", "iebn", "ghost", "batch-group", "proxynorm", "gn"])
+def test_a_checkpoint_around_takes_a_batch_in_once(name: str) -> None:
+    images = batches([(12, 10)] * 3)
+    results = []
+    for compiling in (False, True):
+        net = net_of(name, Checkpointed, images[0])
+        run = compiled(net) if compiling else net
+        results.append(train(net, lambda x, run=run: checkpoint(run, x, use_reentrant=False), images)[0])
+    same(results[1], results[0])
+
+
+@pytest.mark.parametrize("name", ["cbn", "cbn-naive", "cbn-paper", "iebn-cbn", "renorm", "accumulated"])
+def test_a_checkpoint_around_what_moves_on_is_refused(name: str) -> None:
+    x = batches([(12, 10)])[0]
+    net = net_of(name, Checkpointed, x)
+    ab.attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    out = checkpoint(compiled(net), x, use_reentrant=False)
+    with pytest.raises(ab.AnybatchError, match="compile the checkpoint with it"):
+        out.backward(torch.randn_like(out))
+
+
+@pytest.mark.parametrize("name", ["cbn", "iebn-cbn"])
+def test_eager_steps_compiled_steps_and_a_load_have_one_history(name: str) -> None:
+    images = batches([(12, 10)] * 6)
+    straight = net_of(name, Checkpointed, images[0])
+    for some in (images[:2], images[2:4], images[4:]):
+        wanted, _ = train(straight, straight, some)
+    net = net_of(name, Checkpointed, images[0])
+    train(net, net, images[:2])
+    train(net, compiled(net), images[2:4])
+    resumed = net_of(name, Checkpointed, images[0])
+    resumed.load_state_dict(net.state_dict())
+    ab.load_history_state_dict(resumed, ab.history_state_dict(net))
+    same(train(resumed, compiled(resumed), images[4:])[0], wanted)
+
+
+@pytest.mark.parametrize("name", ["bn", "cbn", "renorm"])
+def test_inductor(name: str) -> None:
+    """The compiler that users get, on a ResNet."""
+    images = batches([(12, 10)] * 3)
+    results = []
+    for compiling in (False, True):
+        net = net_of(name, Checkpointed, images[0])
+        results.append(train(net, compiled(net, "inductor") if compiling else net, images))
+    same(results[1][0], results[0][0])
+    assert results[1][1] == [1, 1, 1]
