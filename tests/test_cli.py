@@ -22,8 +22,8 @@ TRAIN = [
     *["--epochs", "--network", "--lr", "--mode", "--device", "--norm-weight-decay", "--save-every", "--resume"],
 ]
 BENCH = [
-    *["--method", "--network", "--image-size", "--batch", "--rounds", "--threads", "--device", "--format", "--out"],
-    "--quick",
+    *["--method", "--network", "--image-size", "--batch", "--rounds", "--threads", "--device", "--format"],
+    *["--compile", "--out", "--quick"],
 ]
 
 

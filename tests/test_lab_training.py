@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -196,3 +197,11 @@ def test_norm_weight_decay_reaches_the_optimizer_and_the_key() -> None:
     assert "norm_weight_decay" not in strong.facts()
     with pytest.raises(AnybatchError, match="norm_weight_decay is -1: give a number of at least 0"):
         replace(CONFIG, norm_weight_decay=-1)
+
+
+def test_keys_of_earlier_runs_still_name_them() -> None:
+    """A run that was trained is never trained again because an option came later."""
+    records = Path(__file__).parents[1] / "docs" / "results" / "f6k" / "runs.jsonl"
+    for run in map(json.loads, records.read_text().splitlines()):
+        dataset = SimpleNamespace(train_images=range(run["config"]["train_images"]), fingerprint=run["fingerprint"])
+        assert run_key(RunConfig(**run["config"]), dataset) == run["key"]

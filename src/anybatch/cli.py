@@ -224,6 +224,7 @@ def bench(
     threads: Annotated[int, typer.Option(help="That the processor works with.")] = 1,
     device: Device = "cpu",
     format: Annotated[str, typer.Option(help="Of images and weights: 'contiguous' or 'channels_last'.")] = "contiguous",
+    compile: Annotated[bool, typer.Option("--compile", help="Time every method compiled too, in one graph.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for bench.jsonl; earlier timings in it stay.")] = Path(
         "results/bench"
     ),
@@ -245,6 +246,7 @@ def bench(
         threads=threads,
         device=device,
         format=format,
+        compile=compile,
     )
     command = shlex.join(["anybatch", *sys.argv[1:]])
     raise typer.Exit(terminal.bench(config, out, command, Console(highlight=False)))

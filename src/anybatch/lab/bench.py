@@ -30,6 +30,7 @@ __all__ = ["FORMATS", "TIMINGS", "BenchConfig", "Steps", "Timing", "bench", "dis
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 REFERENCE = "bn"
+COMPILED = ", compiled"  # after a method's name
 TIMINGS = "bench.jsonl"
 CLASSES, CHANNELS, LR = 10, 3, 1e-3
 WARM_UP = 3
@@ -47,6 +48,7 @@ class BenchConfig:
         methods: as `anybatch.methods.parse_method` reads them, or "all"; the reference need not be among them.
         rounds: steps timed of every method.
         format: of images and weights, "contiguous" or "channels_last".
+        compile: time every method's step compiled too, in one graph (torch.compile, fullgraph=True).
     """
 
     methods: tuple[str, ...] = ("all",)
@@ -57,6 +59,7 @@ class BenchConfig:
     threads: int = 1
     device: str = "cpu"
     format: str = "contiguous"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         networks.check_network(self.network)
@@ -69,7 +72,8 @@ class BenchConfig:
     def each(self) -> list[str]:
         """Every method once, the reference first."""
         given = [m for text in self.methods for m in (networks.all_methods(self.network) if text == "all" else (text,))]
-        return list(dict.fromkeys([REFERENCE, *given]))
+        methods = list(dict.fromkeys([REFERENCE, *given]))
+        return [name for m in methods for name in (m, m + COMPILED)] if self.compile else methods
 
 
 @dataclass(frozen=True)
@@ -107,14 +111,17 @@ Batches = Sequence[tuple[Tensor, Tensor]]
 class Steps:
     """The training steps of a model over batches, again and again."""
 
-    def __init__(self, model: nn.Module, batches: Batches) -> None:
-        self.model, self.batches, self.done = model, batches, 0
+    def __init__(self, model: nn.Module, batches: Batches, compiled: bool = False) -> None:
+        self.model, self.batches, self.done, self.compiled = model, batches, 0, compiled
+        if compiled:
+            model.compile(fullgraph=True)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=LR)
         attach(model, self.optimizer)
 
     def copy(self, dtype: torch.dtype) -> "Steps":
-        """Those of a copy of the model in ``dtype``, from the first batch on."""
-        return Steps(copy.deepcopy(self.model).to(dtype), [(x.to(dtype), y) for x, y in self.batches])
+        """Those of a copy of the model in ``dtype``, from the first batch on; in float64 never compiled."""
+        batches = [(x.to(dtype), y) for x, y in self.batches]
+        return Steps(copy.deepcopy(self.model).to(dtype), batches, self.compiled and dtype == torch.float32)
 
     def __call__(self) -> Tensor:
         """One step; its loss."""
@@ -170,7 +177,7 @@ def bench(config: BenchConfig, progress: Callable[[int, int], None] | None = Non
         AnybatchError: a method is unknown, or the reference does not pass the gate.
     """
     machine.check_device(config.device)
-    norms = {method: repr(parse_method(method)) for method in config.each()}
+    norms = {method: repr(parse_method(method.removesuffix(COMPILED))) for method in config.each()}
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
@@ -186,7 +193,8 @@ def _bench(config: BenchConfig, norms: dict[str, str], progress: Callable[[int, 
     total = (2 * GATE_STEPS + WARM_UP + config.rounds) * len(norms)
     for place, method in enumerate(norms):
         try:
-            steps = Steps(_model(config, method, batches), batches)
+            model = _model(config, method.removesuffix(COMPILED), batches)
+            steps = Steps(model, batches, method.endswith(COMPILED))
             refused[method] = disagreement(steps)
         except (AnybatchError, ValueError) as error:  # torch's: a single value per channel
             refused[method] = str(error)

@@ -88,7 +88,8 @@ class RunResult:
 
 def run_key(config: RunConfig, dataset: Dataset) -> str:
     """Sixteen hexadecimal digits that name a run: configuration, what its method resolves to, and the data."""
-    facts = [config.facts(), repr(config.norm(len(dataset.train_images))), dataset.fingerprint]
+    norm = repr(config.norm(len(dataset.train_images))).replace(", sync=False", "")  # a later option, at its default
+    facts = [config.facts(), norm, dataset.fingerprint]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -184,7 +184,8 @@ class AccumulatedBatchNorm(NormLayer):
         alone = not isinstance(now.size, Tensor) and now.size == 1  # over several ranks whole() has seen to it
         if alone and self.running_mean is not None and self.running_var is not None:
             # One value has no variance of its own, and there is nothing to pool it with.
-            return _Gathered(*as_they_are(self.running_mean, self.running_var), now.mean.new_ones(())), 0
+            mean, var = as_they_are(self.running_mean, self.running_var)
+            return _Gathered(mean, var, now.mean.new_ones(())), 0
         return None, now.size
 
     def _check_signal(self, batch: _Batch) -> None:
