@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 demo: .venv/ready
 	$(BIN)/anybatch compare --quick --out results/demo
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# 200 random training configurations against float64: 20 to 30 minutes.
+soak: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --examples 200 --minutes 30
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ def test_compiled_with_a_checkpoint_in_it() -> None:
     check(Configuration("cbn(window=3)", "linear", "float32", batches, (0, 0), "block", "aot_eager"))
 
 
-@pytest.mark.parametrize("method", ["accumulated", "weighed", "cbn", "iebn", "bgn", "renorm"])
+@pytest.mark.parametrize("method", ["accumulated", "weighed", "cbn", "iebn", "renorm"])
 def test_one_value_of_all_ranks(method: str) -> None:
     """A channel's only value, on one rank of two, and a batch on both before the step: as in one process."""
     check(Configuration(f"{method}(sync=True)", "linear", "float64", (((1, 0), (3, 3)),), (0,)))

@@ -16,7 +16,7 @@ from .test_contract import Net
 from .tolerances import ORACLE, REORDERED
 
 SYNCED = {
-    "weighed": ab.ExampleWeighedBN(sync=True),
+    "weighed": ab.ExampleWeighedBN(alpha=0.0, sync=True),
     "cbn": ab.CBN(window=3, sync=True),
     "cbn-paper": ab.CBN(3, "current", pooling="equal", expansion="second_moment", average_reductions=0, sync=True),
     "cbn-naive": ab.CBN(3, compensate=False, sync=True),

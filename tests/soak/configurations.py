@@ -33,7 +33,12 @@ VARIANTS = (
 SYNCED = (
     *("cbn(window=3, sync=True)", "cbn(window=1, sync=True)", "cbn(window=3, compensate=False, sync=True)"),
     "cbn(window=3, gradient='current', pooling='equal', expansion='second_moment', sync=True)",
-    *("accumulated(sync=True)", "renorm(ramp_from=1, ramp_to=3, sync=True)", "bgn(sync=True)", "weighed(sync=True)"),
+    *(
+        "accumulated(sync=True)",
+        "renorm(ramp_from=1, ramp_to=3, sync=True)",
+        "bgn(groups=4, sync=True)",
+        "weighed(sync=True)",
+    ),
     *("iebn(sync=True)", "iebn(window=3, sync=True)", "ghost(examples_per_group=2, sync=True)"),
 )
 PRECISIONS = ("float32", "float64", "bfloat16", "float16")

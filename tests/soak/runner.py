@@ -105,7 +105,7 @@ class Soak:
             outcome = check(configuration)
             said = f"refused: {outcome.refused}" if outcome.refused else f"{max(outcome.reached.values()):.2f}"
         except Exception as error:
-            outcome, said = error, f"FAILED ({(str(error) or repr(error)).splitlines()[-1]})"
+            outcome, said = error, f"FAILED ({(str(error).strip() or repr(error)).splitlines()[-1]})"
         self.say(f"{len(self.done) + 1:4d} {time.monotonic() - start:5.1f} s {said:>4} {configuration}")
         return outcome
 

@@ -172,8 +172,9 @@ class AccumulatedBatchNorm(NormLayer):
             own_mean, own_var = mean, var
             mean, var = _together(mean, var, values, known)
             if self.gradient == "whole" and (isinstance(values, Tensor) or values):
-                mean, centre = _with_gradient(mean, own_mean), mean.detach()
-                var = _with_gradient(var, own_var + (own_mean - centre).square())
+                live = values.sign() if isinstance(values, Tensor) else 1
+                mean, centre = _with_gradient(mean, own_mean, live), mean.detach()
+                var = _with_gradient(var, own_var + (own_mean - centre).square(), live)
         return normalise_by(y, mean, var, self.weight, self.bias, self.eps)
 
     def _known(self, now: Moments) -> tuple[_Gathered | None, int | Tensor]:
@@ -181,12 +182,15 @@ class AccumulatedBatchNorm(NormLayer):
         if self._batch is not None:
             self._check_signal(self._batch)
             return self._batch.pool, now.size
-        alone = not isinstance(now.size, Tensor) and now.size == 1  # over several ranks whole() has seen to it
-        if alone and self.running_mean is not None and self.running_var is not None:
-            # One value has no variance of its own, and there is nothing to pool it with.
-            mean, var = as_they_are(self.running_mean, self.running_var)
-            return _Gathered(mean, var, now.mean.new_ones(())), 0
-        return None, now.size
+        several = not isinstance(now.size, Tensor) and now.size > 1
+        if several or self.running_mean is None or self.running_var is None:
+            return None, now.size
+        # One value has no variance of its own, and there is nothing to pool it with.
+        mean, var = as_they_are(self.running_mean, self.running_var)
+        if not isinstance(now.size, Tensor):
+            return _Gathered(mean, var, mean.new_ones(())), 0
+        alone = (now.size < 2).to(mean.dtype)
+        return _Gathered(mean, var, alone), now.size * (1 - alone)
 
     def _check_signal(self, batch: _Batch) -> None:
         """Refuse to go on with a batch whose end nobody would tell, or nobody has told."""
@@ -239,9 +243,9 @@ class AccumulatedBatchNorm(NormLayer):
         return batch._replace(before=before, left=tuple(t.clone() for t in statistics))
 
 
-def _with_gradient(value: Tensor, of: Tensor) -> Tensor:
-    """``value``, with the gradient of another tensor."""
-    return value.detach() + (of - of.detach())
+def _with_gradient(value: Tensor, of: Tensor, live: int | Tensor) -> Tensor:
+    """``value``, with ``live`` times the gradient of another tensor."""
+    return value.detach() + live * (of - of.detach())
 
 
 def _together(mean: Tensor, var: Tensor, values: Tensor | int, past: _Gathered) -> tuple[Tensor, Tensor]:

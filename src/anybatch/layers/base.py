@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.affine import per_channel
 from ..core.moments import Moments, bessel, moments, pool, update_running_
+from ..core.ranks import Whole, pool_ranks
 from ..core.step import measure, normalise_by
 from ..errors import AnybatchError
 from .checks import check_input
@@ -194,9 +195,27 @@ class NormLayer(SyncedLayer):
             return F.batch_norm(y, *channel, self.weight, self.bias, False, 0.0, self.eps)
         with torch.autocast(y.device.type, enabled=False):
             y, mean, var = measure(y, by_example=channel is not None)
-            own = self.example_moments(mean, var)
-            mean, var = own if channel is None else self.weigh(own, channel)
-            return normalise_by(y, mean, var, self.weight, self.bias, self.eps)
+            return normalise_by(y, *self.evaluated(mean, var), self.weight, self.bias, self.eps)
+
+    def evaluated(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """What evaluation normalises an example (or a batch, N = 1) by whose own moments are (N, C)."""
+        own, channel = self.example_moments(mean, var), self.channel_moments()
+        if channel is None:
+            return own
+        return self.weigh(own, channel) if self.alpha else channel
+
+    def whole(self, mean: Tensor, var: Tensor, y: Tensor, size: int | None = None) -> Whole:
+        """Moments of ``y``, of ``size`` values each, pooled over the ranks where ``sync`` says so; differentiable.
+
+        One value alone has no variance: it gets those of evaluation, if the method has no moments to pool it with.
+        """
+        size = y.numel() // self.num_features if size is None else size
+        batch = pool_ranks(mean, var, size, len(y), self.group)
+        if self.takes_single_values or self.running_mean is None or not isinstance(batch.size, Tensor):
+            return batch
+        alone, instead = batch.size < 2, self.evaluated(batch.mean, batch.var)
+        mean, var = (torch.where(alone, a.to(b.dtype), b) for a, b in zip(instead, batch[:2], strict=True))
+        return batch._replace(mean=mean, var=var)
 
     def weigh(self, own: tuple[Tensor, Tensor], channel: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Moments of each example (N, C), pooled with the running ones (C,) by ``alpha``."""

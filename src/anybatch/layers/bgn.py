@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.groups import pool_channels, pool_runs, spread_over
 from ..core.moments import Moments
-from ..core.ranks import total
 from ..core.step import measure, normalise_by, shaped_as
 from ..errors import AnybatchError
 from .base import NormLayer
@@ -169,7 +169,7 @@ class BatchGroupNormalization(NormLayer):
 
     def normalise(self, y: Tensor) -> Tensor:
         """By the moments of the groups, which go into the running statistics."""
-        groups = self.groups or self._choose(self._examples(len(y)))
+        groups = self.groups or self._choose(len(y))
         if y.numel() == groups and self.running_mean is not None and self.group is None:
             return self.infer(y)  # one value a group has no variance
         x, mean, var = measure(self._cut(y))
@@ -225,12 +225,13 @@ class BatchGroupNormalization(NormLayer):
         """Whether evaluation is one scale and shift a channel: for G <= C, without ``alpha``."""
         return super().foldable and self._slices == 1
 
-    def _examples(self, own: int) -> int:
-        """Of the ranks' batches together."""
-        return own if self.group is None else int(total(torch.tensor(own), self.group))
-
     def _choose(self, examples: int) -> int:
         channels = self.num_features
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise AnybatchError(
+                f"BGN: groups=None on {dist.get_world_size()} processes, whose first batches could settle different "
+                "ones; give groups"
+            )
         limit = min(channels, max(1, channels * examples // 32))
         groups = max(d for d in range(1, limit + 1) if channels % d == 0)
         self.settle(groups)

@@ -32,6 +32,7 @@ from ..core.moments import channel_mean, moments, pool
 from ..core.pooled import Batch, Pooled, normalise_pooled, spread
 from ..core.ranks import pool_ranks
 from ..core.taylor import Responses, carry, history_gradient, responses
+from ..errors import AnybatchError
 from .base import NormLayer
 from .config import NormConfig
 from .feed import Feed
@@ -153,6 +154,8 @@ class CrossIterationBatchNorm(HistoryLayer):
             check_whole("CBN", name, options[name], least)
         for name in ("momentum_batch", "examples_per_group"):
             check_whole("CBN", name, options[name], none=True)
+        if options.get("sync") and options["examples_per_group"]:
+            raise AnybatchError("CBN: sync=True with examples_per_group, of which ranks may have unequal numbers")
 
     def normalise(self, y: Tensor) -> Tensor:
         """By the pooled moments; the batch's own go into the history and the running statistics."""
@@ -216,16 +219,12 @@ class CrossIterationBatchNorm(HistoryLayer):
         own = used.new_ones(1) * (now.size if samples else 1)
         weights = torch.cat([own, used])
         shares = weights / weights.sum().clamp_min(1)
-        means, variances = (
-            torch.cat([now.mean[:, None], carried.mean], 1),
-            torch.cat([now.var[:, None], carried.var], 1),
-        )
-        mean, var = pool(means, variances, shares)
-        share = shares[0]
-        few = now.size < 2
-        if (few if isinstance(few, bool) else True) and self.running_mean is not None and self.running_var is not None:
+        means = torch.cat([now.mean[:, None], carried.mean], 1)
+        mean, var = pool(means, torch.cat([now.var[:, None], carried.var], 1), shares)
+        share, few = shares[0], isinstance(now.size, Tensor) or now.size < 2
+        if few and self.running_mean is not None and self.running_var is not None:
             # One value has no variance of its own: without history it is normalised by the running statistics.
-            alone = (share == 1) & few
+            alone = (share == 1) & (now.size < 2)
             mean, var = torch.where(alone, self.running_mean, mean), torch.where(alone, self.running_var, var)
             share = share * ~alone
         pooled = Pooled(mean, var, share, None, None)

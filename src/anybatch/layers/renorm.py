@@ -29,7 +29,7 @@ from ..errors import AnybatchError
 from .base import NormLayer
 from .config import NormConfig
 from .options import check_number, check_whole
-from .replay import as_they_are
+from .replay import once
 
 __all__ = ["BatchRenorm", "BatchRenormalization"]
 
@@ -138,18 +138,27 @@ class BatchRenormalization(NormLayer):
         scale, shift = correction if self.weight is None else (self.weight * c for c in correction)
         return normalise_by(y, mean, var, scale, shift if self.bias is None else shift + self.bias, self.eps)
 
-    @torch.no_grad()
     def _correction(self, now: Moments) -> tuple[Tensor, Tensor] | None:
         """The corrections r and d (C,); None without running statistics."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return None
-        running_mean, running_var, forwards = as_they_are(self.running_mean, self.running_var, self.num_batches_tracked)
-        ramped = (forwards + (1 - self.ramp_from)).to(now.mean.dtype)
+        numbers: tuple[Any, ...] = (self.r_max - 1, self.d_max, self.eps)
+        if torch.compiler.is_compiling():  # numbers may be symbols there, which once() cannot pass on
+            numbers = tuple(now.mean.new_full((), number) for number in numbers)
+        corrected: tuple[Tensor, Tensor] = once(self._corrected, now.mean, now.var, *numbers)
+        return corrected
+
+    @torch.no_grad()
+    def _corrected(self, mean: Tensor, var: Tensor, r_beyond: Any, d_max: Any, eps: Any) -> tuple[Tensor, Tensor]:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        ramped = (self.num_batches_tracked + (1 - self.ramp_from)).to(mean.dtype)
         ramp = (ramped / max(self.ramp_to - self.ramp_from, 1)).clamp(0, 1)
-        most, furthest = 1 + (self.r_max - 1) * ramp, self.d_max * ramp
-        sigma = (running_var + self.eps).sqrt()
-        r = ((now.var + self.eps).sqrt() / sigma).clamp(1 / most, most)
-        d = ((now.mean - running_mean) / sigma).clamp(-furthest, furthest)
+        most, furthest = 1 + r_beyond * ramp, d_max * ramp
+        sigma = (self.running_var + eps).sqrt()
+        r = ((var + eps).sqrt() / sigma).clamp(1 / most, most)
+        d = ((mean - self.running_mean) / sigma).clamp(-furthest, furthest)
         return r, d
 
 

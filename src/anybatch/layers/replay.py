@@ -5,7 +5,7 @@ Inside a compiled graph there is none: the compiler repeats what has no effects,
 one repeats the effects too, unless the graph asks as it runs: ``first_run``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,13 +64,13 @@ def once(function: Callable[..., Any], *args: Any) -> Any:
     return computed_once(function, *args)
 
 
-def as_they_are(*tensors: Tensor) -> tuple[Tensor, ...]:
+def as_they_are(*tensors: Tensor) -> Sequence[Tensor]:
     """Copies of what a forward reads and then changes, kept where a checkpoint inside a graph would read it again."""
-    return once(_copies, *tensors)  # type: ignore[no-any-return]
+    return once(_stacked, *tensors).unbind()  # type: ignore[no-any-return]
 
 
-def _copies(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.clone() for t in tensors)
+def _stacked(*tensors: Tensor) -> Tensor:
+    return torch.stack(tensors)  # a mere copy is none to a compiler
 
 
 class Replay:

@@ -2,12 +2,10 @@
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core.ranks import Group, Whole, pool_ranks
+from ..core.ranks import Group
 from ..errors import AnybatchError
 
 __all__ = ["SyncedLayer"]
@@ -38,17 +36,3 @@ class SyncedLayer(_BatchNorm):
             raise AnybatchError(f"{type(self).__name__}: a copy does not take its process_group along; set it anew")
         group = self.process_group or dist.group.WORLD
         return group if dist.get_world_size(group) > 1 else None
-
-    def whole(self, mean: Tensor, var: Tensor, y: Tensor, size: int | None = None) -> Whole:
-        """Moments of ``y``, of ``size`` values each, pooled over the ranks where ``sync`` says so; differentiable.
-
-        One value alone has no variance: it gets the running moments, where there are any.
-        """
-        size = y.numel() // self.num_features if size is None else size
-        batch = pool_ranks(mean, var, size, len(y), self.group)
-        if self.running_mean is None or self.running_var is None or not isinstance(batch.size, Tensor):
-            return batch
-        alone = batch.size < 2
-        mean = torch.where(alone, self.running_mean.to(mean.dtype), batch.mean)
-        var = torch.where(alone, self.running_var.to(var.dtype), batch.var)
-        return batch._replace(mean=mean, var=var)
