@@ -10,14 +10,18 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = [
-    pytest.param(block, id=f"{page.relative_to(ROOT)}:{i}")
+    pytest.param(
+        block,
+        id=f"{page.relative_to(ROOT)}:{i}",
+        marks=[pytest.mark.filterwarnings("default")] if "torch.compile" in block else [],  # the compiler's own
+    )
     for page in PAGES
     for i, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
 
 
 @pytest.mark.parametrize("code", BLOCKS)
-def test_code_runs(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_runs(code: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """With what a reader brings along: a model, images, a loader, a loss, an optimizer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
@@ -28,6 +32,7 @@ def test_code_runs(code: str, capsys: pytest.CaptureFixture[str]) -> None:
         "loader": loader,
         "loss_function": nn.CrossEntropyLoss(),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
+        "path": tmp_path / "state.pt",
     }
     exec(compile(code, "page", "exec"), names)
     printed = capsys.readouterr().out
