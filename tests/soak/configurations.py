@@ -114,8 +114,8 @@ def refusal(configuration: Configuration) -> str | None:
     if configuration.checkpointing == "reentrant norm" and config.needs_map and trains:
         return "not the untouched output"  # docs/training.md, activation checkpointing
     repeated = configuration.checkpointing != "none" and configuration.frozen != "norms"
-    if name == "accumulated" and configuration.compiler != "none" and repeated:
-        return "Attempted to mutate"  # torch: what a compiled checkpoint runs changes tensors, and no other state
+    if (name == "accumulated" or configuration.method == "bgn") and configuration.compiler != "none" and repeated:
+        return "Attempted to mutate"  # docs/training.md: what a compiled checkpoint runs changes tensors alone
     return None
 
 

@@ -55,7 +55,9 @@ def normalise_backward(
         weight.
     """
     if not y.numel():
-        return torch.empty_like(y), Reductions(torch.zeros_like(mean), torch.zeros_like(mean))
+        # Made of g, empty as it is: a compiler would not leave in the backward what is sent there if it were constant.
+        none = g.sum([d for d in range(g.dim()) if d != 1]).to(mean.dtype)
+        return g.to(y.dtype, copy=True), Reductions(none, none.clone())
     weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
     g, y = _plain_stride(g), _plain_stride(y)
     grad_y, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(

@@ -114,6 +114,7 @@ class Steps:
     def __init__(self, model: nn.Module, batches: Batches, compiled: bool = False) -> None:
         self.model, self.batches, self.done, self.compiled = model, batches, 0, compiled
         if compiled:
+            torch._dynamo.config.recompile_limit = 1000  # all that is compiled here is one forward
             model.compile(fullgraph=True)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=LR)
         attach(model, self.optimizer)

@@ -192,7 +192,9 @@ class NormLayer(SyncedLayer):
             if torch.is_grad_enabled() and y.requires_grad:
                 # Kept for the backward, until which a second forward may write to the buffers (as DDP's do).
                 channel = channel[0].clone(), channel[1].clone()
-            return F.batch_norm(y, *channel, self.weight, self.bias, False, 0.0, self.eps)
+            # FSDP's mixed precision casts parameters, and no buffers.
+            weight, bias = (p if p is None else p.to(channel[0].dtype) for p in (self.weight, self.bias))
+            return F.batch_norm(y, *channel, weight, bias, False, 0.0, self.eps)
         with torch.autocast(y.device.type, enabled=False):
             y, mean, var = measure(y, by_example=channel is not None)
             return normalise_by(y, *self.evaluated(mean, var), self.weight, self.bias, self.eps)

@@ -8,6 +8,7 @@ themselves.
 
 from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -143,8 +144,13 @@ class FedLayer(NormLayer):
         """The feed, its weights attached where a gradient of ``y`` reaches the map.
 
         Raises:
-            AnybatchError: it does, and the weight was computed where autograd could not see it.
+            AnybatchError: it does, and the weight was computed where autograd could not see it; or the weight is gone.
         """
+        if not torch.compiler.is_compiling() and feed.weight.untyped_storage().size() == 0:
+            raise AnybatchError(
+                f"{type(self).__name__}: FSDP has freed the weight of its map before the norm could see it; put "
+                f"both into one fully_shard unit, or fully_shard the map, {feed.map}, by itself"
+            )
         if not y.requires_grad:
             return feed.detached()
         unseen = parametrize.is_parametrized(feed.map, "weight") and not feed.weight.requires_grad
@@ -172,6 +178,8 @@ def _feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], vers
     geometry = LinearMap.of(module)
     assert geometry is not None
     weight, bias = module.weight, module.bias
+    if hasattr(module, "reshard"):  # FSDP2 shards the map by itself, and frees these as soon as it has run
+        weight, bias = weight.clone(), bias if bias is None else bias.clone()  # type: ignore[operator]
     return Feed(module, geometry, x.detach(), weight, bias, version)  # type: ignore[arg-type]
 
 

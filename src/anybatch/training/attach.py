@@ -89,8 +89,9 @@ def attach(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], scaler:
     ):
         raise AnybatchError(
             f"attach: the optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer, or several (of a "
-            "wrapper such as Accelerate's, its .optimizer)"
+            "wrapper, its .optimizer)"
         )
+    optimizers = [_unwrapped(each) for each in optimizers]
     scale = _scale_of(scaler, model)
     for module in model.modules():
         if isinstance(module, ScalesLoss):
@@ -107,6 +108,12 @@ def attach(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], scaler:
     for layer in layers:
         layer.attached(len(hooks))
     return Attached(refs, hooks)
+
+
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that steps: Accelerate's is one, and holds one."""
+    inner = getattr(optimizer, "optimizer", None)
+    return _unwrapped(inner) if isinstance(inner, Optimizer) else optimizer
 
 
 def _scale_of(scaler: GradScaler | None, model: nn.Module) -> Tensor | None:
