@@ -70,14 +70,15 @@ def responses(
         bias: b.
         group: the ranks whose parts of patches and covariances add up to the whole.
     """
-    by_mean = torch.cat([_by_patch(past.patch, rows), _by_patch(patch.unsqueeze(1), rows)], 1)
-    by_var = torch.cat([torch.bmm(c, rows.unsqueeze(2)).squeeze(2) for c in (past.covariance, covariance[:, None])], 1)
+    past_mean, now_mean = _by_patch(past.patch, rows), _by_patch(patch.unsqueeze(1), rows)
+    past_var, now_var = (torch.bmm(c, rows.unsqueeze(2)).squeeze(2) for c in (past.covariance, covariance.unsqueeze(1)))
     if group is not None:
-        by_mean, by_var = total(torch.stack([by_mean, by_var]), group).unbind()
+        parts = torch.stack([torch.cat([past_mean, now_mean], 1), torch.cat([past_var, now_var], 1)])
+        whole = total(parts, group)
+        (past_mean, past_var), (now_mean, now_var) = whole[..., :-1], whole[..., -1:]
     if bias is not None:
-        by_mean = by_mean + bias.unsqueeze(1)
-    t = len(past.sizes)
-    return Responses(by_mean[:, :t], by_var[:, :t]), Responses(by_mean[:, t:], by_var[:, t:])
+        past_mean, now_mean = past_mean + bias.unsqueeze(1), now_mean + bias.unsqueeze(1)
+    return Responses(past_mean, past_var), Responses(now_mean, now_var)
 
 
 def _by_patch(patch: Tensor, rows: Tensor) -> Tensor:
