@@ -160,10 +160,11 @@ def test_ctrl_c_while_a_worker_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         return pid
 
+    others = multiprocessing.active_children()  # of other tests
     monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", interrupted)
     with pytest.raises(KeyboardInterrupt):
         workers._Worker()
-    (started,) = multiprocessing.active_children()
+    (started,) = [child for child in multiprocessing.active_children() if child not in others]
     started.kill()
     started.join()
 
