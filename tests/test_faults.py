@@ -5,6 +5,7 @@ A run is the real command line in a process of its own, on made-up images; momen
 
 import contextlib
 import errno
+import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
 import pickle
@@ -160,6 +161,7 @@ def test_ctrl_c_while_a_worker_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         return pid
 
+    multiprocessing.resource_tracker.ensure_running()  # so that it is the worker that is spawned
     others = multiprocessing.active_children()  # of other tests
     monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", interrupted)
     with pytest.raises(KeyboardInterrupt):
