@@ -188,11 +188,11 @@ def bench(config: benchmark.BenchConfig, folder: Path, command: str, console: Co
         if not timing.refused:
             low, middle, high = timing.quartiles
             row = f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{timing.milliseconds:.1f}"
-            table.add_row(escape(label(timing.method)), *row)
+            table.add_row(escape(_timed(timing.method)), *row)
     console.print(table)
     refused = [timing for timing in timings if timing.refused]
     for timing in refused:
-        reason = f"{label(timing.method)}: {timing.refused}"
+        reason = f"{_timed(timing.method)}: {timing.refused}"
         console.print(f"[red]Not timed:[/] {escape(reason)}", soft_wrap=True)
     console.print(
         f"Medians over {config.rounds} rounds; {config.network}, batch {config.batch}, {config.image_size} pixels, "
@@ -235,3 +235,9 @@ def _table(summary: Summary) -> Table:
             style="bold" if row.is_reference else None,
         )
     return table
+
+
+def _timed(method: str) -> str:
+    """What the table calls a method, compiled or not."""
+    plain = method.removesuffix(benchmark.COMPILED)
+    return label(plain) + method[len(plain) :]
