@@ -75,11 +75,13 @@ def test_a_failed_or_killed_run_leaves_the_others(base: RunConfig) -> None:
     fails = replace(base, device="nonsense")
     killed, good = replace(base, seed=1), replace(base, seed=2)
     events = []
+    others = multiprocessing.active_children()  # of other tests
     with closing(run_all([fails, killed, good], jobs=1)) as stream:
         for event in stream:
             events.append(event)
             if event == Started(killed):
-                multiprocessing.active_children()[0].kill()
+                (own,) = [child for child in multiprocessing.active_children() if child not in others]
+                own.kill()
     ends = {event.config: event for event in events if isinstance(event, Finished | Failed)}
     assert "device 'nonsense' cannot be used" in ends[fails].reason
     assert "its process ended with exit code -9" in ends[killed].reason
