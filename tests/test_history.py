@@ -139,3 +139,12 @@ def assert_equal(a: dict, b: dict) -> None:
         for index, tensors in histories.items():
             for field, tensor in tensors.items():
                 assert torch.equal(tensor, b["layers"][name][index][field]), (name, field)
+
+
+def test_making_a_history_does_not_compute_a_parametrized_weight() -> None:
+    """Spectral norm's power iteration moves with every reading of the weight in training."""
+    conv = torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 3, 3))
+    norm = ab.nn.CrossIterationBatchNorm(3).follows(conv)
+    before = {k: v.clone() for k, v in conv.state_dict().items()}
+    norm.history_of(0)
+    assert all(torch.equal(v, before[k]) for k, v in conv.state_dict().items())

@@ -312,3 +312,16 @@ def test_a_scale_leaves_no_trace(name: str) -> None:
     assert scalers[2].get_scale() == 64.0
     for state in states[1:]:
         assert_same_state(state, states[0])
+
+
+def test_attach_leaves_what_is_not_its_own() -> None:
+    """A module of the user's may have a loss_scale; a second call without a scaler keeps the first's."""
+    net = converted("cbn")
+    net.loss_scale = 4.0
+    optimizer, scaler = torch.optim.SGD(net.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
+    ab.attach(net, optimizer, scaler=scaler)
+    ab.attach(net, optimizer)
+    assert net.loss_scale == 4.0
+    layers = [m for m in net.modules() if isinstance(m, ab.nn.CrossIterationBatchNorm)]
+    assert layers
+    assert all(layer.loss_scale is scaler._scale for layer in layers)

@@ -72,7 +72,7 @@ def responses(
     """
     past_mean, now_mean = _by_patch(past.patch, rows), _by_patch(patch.unsqueeze(1), rows)
     past_var, now_var = (torch.bmm(c, rows.unsqueeze(2)).squeeze(2) for c in (past.covariance, covariance.unsqueeze(1)))
-    if group is not None:
+    if group is not None and patch.numel():
         parts = torch.stack([torch.cat([past_mean, now_mean], 1), torch.cat([past_var, now_var], 1)])
         whole = total(parts, group)
         (past_mean, past_var), (now_mean, now_var) = whole[..., :-1], whole[..., -1:]

@@ -44,6 +44,7 @@ class Link(NamedTuple):
     """A map that a norm follows."""
 
     map: nn.Module
+    rows: tuple[int, int]  # (C, K), read once: computing a parametrized weight may change it
     handles: tuple[Any, ...]
 
 
@@ -84,7 +85,8 @@ class FedLayer(NormLayer):
             raise AnybatchError(f"follows({type(map).__name__}): no linear map; give one of {known}")
         if any(is_lazy(p) for p in map.parameters()):
             raise AnybatchError(f"follows({map}): its weight is not made yet; run one forward of it first")
-        channels, _ = geometry.rows_shape(map.weight)  # type: ignore[arg-type]
+        rows = geometry.rows_shape(map.weight)  # type: ignore[arg-type]
+        channels = rows[0]
         if channels != self.num_features:
             raise AnybatchError(
                 f"follows({map}): the map puts out {channels} channels, the norm has num_features={self.num_features}"
@@ -101,7 +103,7 @@ class FedLayer(NormLayer):
             handles.append(map.register_forward_hook(self._tag_output, with_kwargs=True))
             if computed:
                 handles.append(map.register_forward_hook(_release_weight, always_call=True))
-        self._links.append(Link(map, tuple(handles)))
+        self._links.append(Link(map, rows, tuple(handles)))
         self.exclusive = self.exclusive and exclusive
         return self
 

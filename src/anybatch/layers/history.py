@@ -55,7 +55,10 @@ class History:
         if patch.numel():
             self.patch.index_copy_(1, self.slot, torch.where(ok, patch, 0.0).unsqueeze(1))
             self.covariance.index_copy_(1, self.slot, torch.where(ok, cov, 0.0).unsqueeze(1))
-        self.count.index_fill_(0, self.slot, now.size if isinstance(now.size, Tensor) else float(now.size))
+        if isinstance(now.size, Tensor):  # index_fill_ would wait for its value
+            self.count.index_copy_(0, self.slot, now.size.to(self.count.dtype).view(1))
+        else:
+            self.count.index_fill_(0, self.slot, float(now.size))
         self.slot.add_(ok).remainder_(self.count.shape[0])
         self.count.index_fill_(0, self.slot, 0.0)
         self.forwards.add_(ok)
@@ -144,6 +147,10 @@ class HistoryLayer(FedLayer):
             if index not in self.histories:
                 self.histories[index] = self._fresh(index)
 
+    def scaled_by(self, scale: Tensor | None) -> None:
+        """Note what the loss is multiplied by."""
+        self.loss_scale = scale
+
     def averages(self, history: History) -> Averages:
         """What a backward moves, and by how much the loss is scaled."""
         return Averages(history.reductions, history.backwards, self.average_reductions, self.loss_scale)
@@ -175,8 +182,8 @@ class HistoryLayer(FedLayer):
         like = torch.empty(0, device=own.device, dtype=compute_dtype(own.dtype))
         if index < 0 or not self.compensates:
             return History(self.window, self.num_features, 1, 0, like)
-        module = self._links[index].map
-        geometry = LinearMap.of(module)
+        link = self._links[index]
+        geometry = LinearMap.of(link.map)
         assert geometry is not None  # follows() has seen to it
-        channels, k = geometry.rows_shape(module.weight)  # type: ignore[arg-type]
+        channels, k = link.rows
         return History(self.window, channels, geometry.groups, k, like)

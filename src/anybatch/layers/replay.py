@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import AnybatchError
@@ -29,7 +30,7 @@ class _FirstRun:
     repeated: int = 0
 
 
-@torch.library.custom_op("anybatch::first_run", mutates_args=())
+@custom_op("anybatch::first_run", mutates_args=())
 def _first_run(ok: Tensor, repeatable: bool) -> Tensor:
     second = Replay.is_second_run()
     if second and not repeatable:

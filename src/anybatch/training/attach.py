@@ -30,7 +30,8 @@ class CountsSteps(Protocol):
 class ScalesLoss(Protocol):
     """A layer that keeps something of the gradients from one backward to the next."""
 
-    loss_scale: Tensor | None
+    def scaled_by(self, scale: Tensor | None) -> None:
+        """The loss is multiplied by ``scale``, a tensor that its scaler changes in place; None: by nothing."""
 
 
 class Attached:
@@ -92,10 +93,11 @@ def attach(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], scaler:
             "wrapper, its .optimizer)"
         )
     optimizers = [_unwrapped(each) for each in optimizers]
-    scale = _scale_of(scaler, model)
-    for module in model.modules():
-        if isinstance(module, ScalesLoss):
-            module.loss_scale = scale
+    if scaler is not None:  # a second call for another optimizer may leave it out
+        scale = _scale_of(scaler, model)
+        for module in model.modules():
+            if isinstance(module, ScalesLoss):
+                module.scaled_by(scale)
     layers = [module for module in model.modules() if isinstance(module, CountsSteps)]
     refs = [weakref.ref(layer) for layer in layers]
 
@@ -116,10 +118,8 @@ def _unwrapped(optimizer: Optimizer) -> Optimizer:
     return _unwrapped(inner) if isinstance(inner, Optimizer) else optimizer
 
 
-def _scale_of(scaler: GradScaler | None, model: nn.Module) -> Tensor | None:
+def _scale_of(scaler: GradScaler, model: nn.Module) -> Tensor | None:
     """The tensor on the device that the scaler changes in place; None where nothing is scaled."""
-    if scaler is None:
-        return None
     if not isinstance(scaler, GradScaler):
         raise AnybatchError(f"attach: the scaler is a {type(scaler).__name__}; give a torch.amp.GradScaler")
     if not scaler.is_enabled():
