@@ -215,41 +215,64 @@ def weigh(
 def bench(
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", "--methods", help="As for train; repeat for several.", show_default="all"),
+        typer.Option(
+            "--method",
+            "--methods",
+            help="As for train; repeat for several. Besides: 'released', CBN the way of its authors, and 'syncbn'.",
+            show_default="all",
+        ),
     ] = None,
+    what: Annotated[
+        str,
+        typer.Option(help="'step', of training; 'layer', a 3x3 convolution and its norm; 'inference', folded too."),
+    ] = "step",
     network: Network = "resnet18",
+    channels: Annotated[int, typer.Option(help="Of the layer.")] = 64,
     image_size: Annotated[int | None, typer.Option(help="Pixels a side.", show_default="64")] = None,
     batch: Annotated[int, typer.Option(help="Images a step.")] = 4,
+    sweep: Annotated[
+        str | None,
+        typer.Option(help="Repeat over a setting, and draw it: 'window=2,8,32', 'batch=1,2,4', 'image-size=64,128'."),
+    ] = None,
     rounds: Annotated[int | None, typer.Option(help="Steps timed of every method.", show_default="15")] = None,
     threads: Annotated[int, typer.Option(help="That the processor works with.")] = 1,
     device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="'float32', or autocast to 'bfloat16' or 'float16'.")] = "float32",
     format: Annotated[str, typer.Option(help="Of images and weights: 'contiguous' or 'channels_last'.")] = "contiguous",
     compile: Annotated[bool, typer.Option("--compile", help="Time every method compiled too, in one graph.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for bench.jsonl; earlier timings in it stay.")] = Path(
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Time every method as a CUDA graph too; on CUDA.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for bench.jsonl and figures; earlier timings in it stay.")] = Path(
         "results/bench"
     ),
     quick: Annotated[bool, typer.Option("--quick", help="5 rounds on images of 32 pixels, for a first look.")] = False,
 ) -> None:
-    """Time a training step with each method, against BatchNorm's, all in one process.
+    """Time each method against BatchNorm, all in one process, and measure the memory it takes.
 
     A method is timed only if its first steps agree with float64's.
     """
-    from anybatch.lab import terminal
-    from anybatch.lab.bench import BenchConfig
+    from anybatch.lab.bench import BenchConfig, Sweep
+    from anybatch.lab.bench.show import run
 
     config = BenchConfig(
         methods=tuple(method or ["all"]),
+        what=what,
         network=network,
+        channels=channels,
         image_size=(32 if quick else 64) if image_size is None else image_size,
         batch=batch,
         rounds=(5 if quick else 15) if rounds is None else rounds,
         threads=threads,
         device=device,
+        dtype=dtype,
         format=format,
         compile=compile,
+        cuda_graphs=cuda_graphs,
     )
+    over = Sweep.parse(sweep) if sweep else None
     command = shlex.join(["anybatch", *sys.argv[1:]])
-    raise typer.Exit(terminal.bench(config, out, command, Console(highlight=False)))
+    raise typer.Exit(run(config, over, out, command, Console(highlight=False)))
 
 
 @app.command()

@@ -18,7 +18,10 @@ from anybatch.lab.summary import REFERENCE, Row, Summary
 from anybatch.lab.training import RunResult
 from anybatch.methods import METHODS
 
-__all__ = ["DARK", "LIGHT", "accuracy_figure", "curves_figure", "png", "svg", "themed"]
+__all__ = [
+    *("DARK", "LIGHT", "MUTED", "STYLE", "accuracy_figure", "colours_of", "curves_figure", "name_lines", "png", "svg"),
+    "themed",
+]
 
 # Ink, muted ink, grid, then one colour a method (after Okabe and Ito, darkened or lightened for contrast).
 # Both themes list the same roles: `themed` makes one into the other.
@@ -51,7 +54,7 @@ def accuracy_figure(summary: Summary) -> Figure:
 
     Beyond a handful of methods each has a panel of its own, with BatchNorm's line in grey.
     """
-    methods, colours = summary.methods, _colours(summary.methods)
+    methods, colours = summary.methods, colours_of(summary.methods)
     rows = {method: _rows(summary, method) for method in methods}
     title, xlabel = "Test accuracy, %", "images a normalization layer sees at once"
     with mpl.rc_context(STYLE):
@@ -80,14 +83,14 @@ def accuracy_figure(summary: Summary) -> Figure:
         _scales(axes, summary)
         axes.set_xlabel(xlabel)
         axes.set_title(title, loc="left", fontsize=12, color=MUTED)
-        _name_lines(axes, ends)
+        name_lines(axes, ends)
         return figure
 
 
 def curves_figure(summary: Summary, results: Iterable[RunResult]) -> Figure:
     """Training loss at the smallest batch size, mean over seeds, smoothed over 3 points; the reference is dashed."""
     curves = _curves(summary, results)
-    colours = _colours(summary.methods)
+    colours = colours_of(summary.methods)
     dashed: Any = (0, (5, 3))
     title = f"Training loss at batch {summary.smallest_batch}, mean over seeds"
     with mpl.rc_context(STYLE):
@@ -114,7 +117,7 @@ def curves_figure(summary: Summary, results: Iterable[RunResult]) -> Figure:
         axes.set_xlabel("epochs")
         axes.set_title(title, loc="left", fontsize=12, color=MUTED)
         axes.margins(x=0.01)
-        _name_lines(axes, ends)
+        name_lines(axes, ends)
         return figure
 
 
@@ -176,7 +179,7 @@ def _curves(summary: Summary, results: Iterable[RunResult]) -> dict[tuple[str, b
     }
 
 
-def _colours(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+def colours_of(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each method: by its place in the table, so always the same; variants take what is left."""
     places = {name: place % len(SERIES) for place, name in enumerate(METHODS)}
     taken: dict[str, int] = {}
@@ -230,7 +233,7 @@ def _line(axes: Axes, rows: Sequence[Row], shift: float, colour: str, marker: st
     return means[-1]
 
 
-def _name_lines(axes: Axes, names: Sequence[tuple[float, str, str]], line_height: float = 0.058) -> None:
+def name_lines(axes: Axes, names: Sequence[tuple[float, str, str]], line_height: float = 0.058) -> None:
     """Writes each name right of the axes at the height where its line ends, moved apart where they would overlap.
 
     Args:

@@ -12,7 +12,6 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from anybatch.lab import bench as benchmark
 from anybatch.lab import compare as comparison
 from anybatch.lab import machine, weighing
 from anybatch.lab.config import RunConfig
@@ -21,10 +20,10 @@ from anybatch.lab.display import Display, run_name
 from anybatch.lab.interruption import Interruption
 from anybatch.lab.processes import joined
 from anybatch.lab.report import difference_text, estimate_text, write_report
-from anybatch.lab.summary import Summary, label, summarise
+from anybatch.lab.summary import Summary, summarise
 from anybatch.lab.training import Progress, RunResult, Stopped, train_run
 
-__all__ = ["bench", "compare", "train", "weigh"]
+__all__ = ["compare", "train", "weigh"]
 
 
 def compare(configs: Sequence[RunConfig], folder: Path, jobs: int | None, command: str, console: Console) -> int:
@@ -166,44 +165,6 @@ def weigh(folder: Path, console: Console) -> None:
     )
 
 
-def bench(config: benchmark.BenchConfig, folder: Path, command: str, console: Console) -> int:
-    """Times the methods, saves the times, prints the table.
-
-    Returns:
-        The exit code: 0, or 1 if a method was refused.
-
-    Raises:
-        AnybatchError: the settings do not fit, or the times cannot be written.
-    """
-    with Bar(TextColumn("steps"), BarColumn(bar_width=None), TimeRemainingColumn(), console=console, transient=True,
-             disable=not console.is_terminal) as bar:  # fmt: skip
-        task = bar.add_task("", total=None)
-        timings = benchmark.bench(config, lambda done, total: bar.update(task, completed=done, total=total))
-    path = benchmark.save(folder, config, timings, command)
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("Method")
-    for column in ("Step, of BatchNorm's", "25 % to 75 %", "ms"):
-        table.add_column(column, justify="right")
-    for timing in timings:
-        if not timing.refused:
-            low, middle, high = timing.quartiles
-            row = f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{timing.milliseconds:.1f}"
-            table.add_row(escape(_timed(timing.method)), *row)
-    console.print(table)
-    refused = [timing for timing in timings if timing.refused]
-    for timing in refused:
-        reason = f"{_timed(timing.method)}: {timing.refused}"
-        console.print(f"[red]Not timed:[/] {escape(reason)}", soft_wrap=True)
-    console.print(
-        f"Medians over {config.rounds} rounds; {config.network}, batch {config.batch}, {config.image_size} pixels, "
-        f"{config.device}, {config.threads} thread{'s' if config.threads > 1 else ''}, {config.format}. "
-        f"Times: [bold]{escape(str(path))}[/]",
-        soft_wrap=True,
-    )
-    console.print(f"To repeat: {escape(command)}", soft_wrap=True)
-    return 1 if refused else 0
-
-
 def _cores() -> int:
     return int(machine.machine()["cores"])
 
@@ -235,9 +196,3 @@ def _table(summary: Summary) -> Table:
             style="bold" if row.is_reference else None,
         )
     return table
-
-
-def _timed(method: str) -> str:
-    """What the table calls a method, compiled or not."""
-    plain = method.removesuffix(benchmark.COMPILED)
-    return label(plain) + method[len(plain) :]
