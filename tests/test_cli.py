@@ -22,8 +22,8 @@ TRAIN = [
     *["--epochs", "--network", "--lr", "--mode", "--device", "--norm-weight-decay", "--save-every", "--resume"],
 ]
 BENCH = [
-    *["--method", "--network", "--image-size", "--batch", "--rounds", "--threads", "--device", "--format"],
-    *["--compile", "--out", "--quick"],
+    *["--method", "--what", "--network", "--channels", "--image-size", "--batch", "--sweep", "--rounds", "--threads"],
+    *["--device", "--dtype", "--format", "--compile", "--cuda-graphs", "--out", "--quick"],
 ]
 
 
@@ -86,6 +86,8 @@ def test_methods_table() -> None:
         (["train", "--resume"], "has no checkpoint to resume"),
         (["bench", "--method", "cnb"], "unknown method 'cnb'; did you mean cbn"),
         (["bench", "--rounds", "1"], "rounds is 1: give at least 2"),
+        (["bench", "--sweep", "widow=2,4"], "cannot sweep over 'widow': choose window, batch, image-size, channels"),
+        (["bench", "--cuda-graphs"], "CUDA graphs on device 'cpu': give --device cuda"),
         (["bench", "--format", "nhwc"], "there is no format 'nhwc': choose contiguous or channels_last"),
     ],
 )
@@ -174,3 +176,18 @@ def test_bench_from_end_to_end(tmp_path: Path) -> None:
         assert len(lines) == 3 * times
     assert lines[-3]["config"]["format"] == "channels_last"
     assert [(line["method"], len(line["ratios"])) for line in lines[-2:]] == [("bn", 2), ("cbn", 2)]
+
+
+def test_a_sweep_from_end_to_end(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--what", "layer", "--image-size", "6", "--channels", "4", "--rounds", "2", "--method", "released"]
+    code, output = run("bench", *options, "--method", "syncbn", "--sweep", "window=2,3", "--out", str(out))
+    assert code == 0, output
+    assert "CBN, the authors' way" in output
+    assert output.count("Not timed: SyncBatchNorm: torch's SyncBatchNorm takes CUDA tensors only") == 1
+    assert {path.name for path in out.iterdir()} == {"bench.jsonl", "window.png", "window.svg"}
+    lines = [json.loads(line) for line in (out / "bench.jsonl").read_text().splitlines()]
+    assert [line.get("norm", line.get("config", {}).get("window")) for line in lines] == [
+        *(2, "BN()", "Released(window=2, burn_in_steps=0)", "SyncBN()"),
+        *(3, "BN()", "Released(window=3, burn_in_steps=0)", "SyncBN()"),
+    ]

@@ -39,8 +39,8 @@ class BenchConfig:
             convolution and its norm; "inference", forwards of the network in evaluation mode, folded too.
         channels: of the layer, in and out.
         image_size: pixels a side, of the layer's input too.
-        window: of every method that has one, instead of its own.
-        rounds: steps timed of every method.
+        window: of every method that pools over one, instead of its own; a window of 1 stays.
+        rounds: turns of every method, of one step, or as many as take 20 ms.
         dtype: "float32", or what autocast computes in; float16 with a gradient scaler.
         format: of images and weights, "contiguous" or "channels_last".
         compile: time every method compiled too, in one graph (torch.compile, fullgraph=True).
@@ -91,7 +91,7 @@ class BenchConfig:
         name = method.partition("(")[0].strip().lower()
         own = {NAME: Released.parse, SyncBN.name: SyncBN.parse}
         norm: Any = own[name](method) if name in own else parse_method(method)
-        if self.window is None or not isinstance(getattr(norm, "window", None), int):
+        if self.window is None or getattr(norm, "window", 1) == 1:
             return norm
         return type(norm)(**{f.name: getattr(norm, f.name) for f in fields(norm)} | {"window": self.window})
 

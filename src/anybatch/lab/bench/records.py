@@ -65,11 +65,13 @@ class Outcome:
     """A benchmark.
 
     Attributes:
+        repeats: steps that a second in ``timings`` is the mean of.
         bandwidth: bytes a second that this machine copies.
     """
 
     config: BenchConfig
     timings: tuple[Timing, ...]
+    repeats: int
     bandwidth: float
 
     @property
@@ -110,6 +112,7 @@ def save(folder: Path, outcome: Outcome, command: str) -> Path:
         "commit": machine.commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": asdict(outcome.config),
+        "repeats": outcome.repeats,
         "copy_bandwidth": outcome.bandwidth,
         "command": command,
     }

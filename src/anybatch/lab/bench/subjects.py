@@ -109,13 +109,26 @@ class Steps:
         Raises:
             AnybatchError: a parameter that trains has none.
         """
-        parts = [x.grad.double().flatten() for x, _ in self.batches if x.grad is not None]
+        scale = self.scaler.get_scale()  # of which the optimizer's step frees parameters only
+        parts = [x.grad.double().flatten() / scale for x, _ in self.batches if x.grad is not None]
         for name, p in self.model.named_parameters():
             if p.requires_grad:
                 if p.grad is None:
                     raise AnybatchError(f"'{name}' has no gradient")
                 parts.append(p.grad.double().flatten())
         return torch.cat(parts)
+
+
+class _Layer(nn.Module):
+    """A 3x3 convolution and its norm; torch does not compile a Sequential of its own modules alone."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))  # type: ignore[no-any-return]
 
 
 class Passes(Steps):
@@ -187,7 +200,10 @@ def subject(config: BenchConfig, row: Row, batches: Batches) -> Subject:
     Raises:
         AnybatchError: the method does not fit the model, the device or the way it shall run.
     """
-    model = model_of(config, config.norm(row.method), batches)
+    norm = config.norm(row.method)
+    if config.what == "inference" and not isinstance(norm, NormConfig):
+        raise AnybatchError(f"{row.method}: in inference it is BatchNorm, which is timed already")
+    model = model_of(config, norm, batches)
     if config.what == "inference":
         training = Steps(model, batches)
         for _ in range(WARM_UP):  # running statistics
@@ -205,8 +221,7 @@ def model_of(config: BenchConfig, norm: Any, batches: Batches) -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module
     if config.what == "layer":
-        channels = config.channels
-        model = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+        model = _Layer(config.channels)
     else:
         model = networks.build(config.network, CLASSES, CHANNELS)
     model.to(config.device).to(memory_format=FORMATS[config.format])  # type: ignore[call-overload]
@@ -233,7 +248,7 @@ def batches_of(config: BenchConfig) -> Batches:
         torch.randn(shape, generator=generator) * (config.batch * config.image_size**2) ** -0.5 for _ in images
     ]
     inside = config.autocast or torch.float32  # the dtype of activations within a network
-    return [(_cast(x.requires_grad_(), inside), g.to(x)) for x, g in zip(images, gradients, strict=True)]
+    return [(_cast(x.requires_grad_(), inside), g.to(x.device, inside)) for x, g in zip(images, gradients, strict=True)]
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,9 +1,11 @@
 """Times every method that passes the gate, side by side."""
 
+import math
 import random
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from anybatch.lab.bench.traffic import copy_bandwidth, measure, wait
 from anybatch.lab.released import Released
 
 __all__ = ["bench"]
+
+LEAST = 0.02  # seconds that a method's turn in a round takes, in as many steps: what preempts takes milliseconds
 
 
 def bench(config: BenchConfig, progress: Callable[[int, int], None] | None = None) -> Outcome:
@@ -70,11 +74,13 @@ def _bench(config: BenchConfig, norms: dict[Row, Any], progress: Callable[[int, 
             f"BatchNorm itself does not pass: {refused[reference][0]}; try another --device, --batch or --dtype"
         )
     seconds: dict[Row, list[float]] = {row: [] for row in ready}
+    once = median(_time(ready[reference], config.device, 1) for _ in range(WARM_UP))
+    repeats = max(1, math.ceil(LEAST / once))
     order, shuffle = list(ready), random.Random(0).shuffle
     for number in range(config.rounds):
         shuffle(order)
         for row in order:
-            seconds[row].append(_time(ready[row], config.device))
+            seconds[row].append(_time(ready[row], config.device, repeats))
         progress(total - (config.rounds - 1 - number) * len(norms), total)
     timings = []
     for row, norm in norms.items():
@@ -84,7 +90,7 @@ def _bench(config: BenchConfig, norms: dict[Row, Any], progress: Callable[[int, 
         else:
             ratios = tuple(a / b for a, b in zip(seconds[row], seconds[reference], strict=True))
             timings.append(Timing(row, repr(norm), tuple(seconds[row]), ratios, measure(ready[row])))
-    return Outcome(config, tuple(timings), copy_bandwidth(config.device))
+    return Outcome(config, tuple(timings), repeats, copy_bandwidth(config.device))
 
 
 def _warm_up(norm: Any) -> int:
@@ -92,11 +98,14 @@ def _warm_up(norm: Any) -> int:
     return max(WARM_UP, norm.window) if isinstance(norm, Released) else WARM_UP
 
 
-def _time(steps: Subject, device: str) -> float:
-    wait(device)
-    started = time.perf_counter()
-    steps.timed()
-    wait(device)
-    taken = time.perf_counter() - started
-    steps.between()
-    return taken
+def _time(steps: Subject, device: str, repeats: int) -> float:
+    """Seconds of one, the mean of so many in a row."""
+    taken = 0.0
+    for _ in range(repeats):
+        wait(device)
+        started = time.perf_counter()
+        steps.timed()
+        wait(device)
+        taken += time.perf_counter() - started
+        steps.between()
+    return taken / repeats
