@@ -219,11 +219,8 @@ def subject(config: BenchConfig, row: Row, batches: Batches) -> Subject:
 def model_of(config: BenchConfig, norm: Any, batches: Batches) -> nn.Module:
     """The network, or the layer, with this norm; its weights are always the same."""
     torch.manual_seed(0)
-    model: nn.Module
-    if config.what == "layer":
-        model = _Layer(config.channels)
-    else:
-        model = networks.build(config.network, CLASSES, CHANNELS)
+    layer = config.what == "layer"
+    model: nn.Module = _Layer(config.channels) if layer else networks.build(config.network, CLASSES, CHANNELS)
     model.to(config.device).to(memory_format=FORMATS[config.format])  # type: ignore[call-overload]
     x = batches[0][0].detach().float()
     if isinstance(norm, NormConfig):
