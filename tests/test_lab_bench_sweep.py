@@ -45,6 +45,9 @@ def test_figure_shows_every_method_at_every_value(methods: int) -> None:
     assert list(lines[0].get_xdata()) == [2, 8, 32]
     assert list(lines[0].get_ydata()) == pytest.approx([1.1, 1.2, 1.3])
     assert len(axes[0].collections) == len(lines)  # the bands
+    low, high = axes[0].get_ylim()
+    assert low < 1.0
+    assert high > (1 + 0.1 * methods * 3) * 1.1  # the band of every method, on the shared scale
     if methods == 2:
         assert list(axes[1].get_lines()[1].get_ydata()) == pytest.approx([1.4, 2.6, 7.4])
 
@@ -55,6 +58,8 @@ def test_a_method_refused_at_a_value_has_a_gap_there() -> None:
     gap = replace(first, timings=(first.timings[0], Timing(Row("cbn(window=1)"), "", refused="why")))
     axes = sweep_figure(sweep, [gap, second]).axes
     assert list(axes[0].get_lines()[0].get_xdata()) == [2]
+    axes = sweep_figure(sweep, [gap, gap]).axes
+    assert [line.get_marker() for line in axes[0].get_lines()] == ["None"]  # BatchNorm's alone
 
 
 def test_sweep_sets_what_it_names() -> None:

@@ -20,14 +20,16 @@ Points = Sequence[tuple[int, float, float, float]]  # a value, and 25 %, median,
 def sweep_figure(sweep: Sweep, outcomes: Sequence[Outcome]) -> Figure:
     """Time (median, band from 25 to 75 %) and peak memory against the swept setting, both of BatchNorm's at its value.
 
-    Beyond a handful of methods each has a panel of its own, with time alone.
+    Beyond a handful of methods each has a panel of its own, with time alone. What was never timed is left out.
     """
-    rows = [timing.row for timing in outcomes[0].timings][1:]
+    columns = zip(*(outcome.timings[1:] for outcome in outcomes), strict=True)
+    places = [place for place, timings in enumerate(columns, 1) if any(timing.ratios for timing in timings)]
+    rows = [outcomes[0].timings[place].row for place in places]
     colours = colours_of([f"{row.method}, {row.how}" if row.how else row.method for row in rows])
     styles = [style for style in colours.values()]
     names = [name_of(row) for row in rows]
-    times = [_points(sweep, outcomes, place, _times) for place in range(1, len(rows) + 1)]
-    peaks = [_points(sweep, outcomes, place, _peak) for place in range(1, len(rows) + 1)]
+    times = [_points(sweep, outcomes, place, _times) for place in places]
+    peaks = [_points(sweep, outcomes, place, _peak) for place in places]
     unit = {"step": "a step", "layer": "a layer", "inference": "a forward"}[outcomes[0].config.what]
     with mpl.rc_context(STYLE):
         if len(rows) > MANY:
@@ -88,4 +90,3 @@ def _scales(axes: Axes, sweep: Sweep) -> None:
     axes.minorticks_off()
     margin = (last / first) ** 0.05
     axes.set_xlim(first / margin, last * margin)
-    axes.set_ylim(min(0.95, axes.get_ylim()[0]))
