@@ -16,7 +16,7 @@ from anybatch.lab.bench.config import DTYPES, FORMATS
 from anybatch.lab.bench.gate import disagreement
 from anybatch.lab.bench.records import name_of
 from anybatch.lab.bench.subjects import Steps, batches_of, subject
-from anybatch.lab.bench.synced import process_group
+from anybatch.lab.bench.synced import _like, process_group
 from anybatch.lab.bench.traffic import Traffic
 from anybatch.lab.released import ReleasedCBN
 from anybatch.methods import METHODS
@@ -206,6 +206,18 @@ def test_a_layers_weights_move_between_its_passes() -> None:
 def alone() -> Iterator[None]:
     with process_group("cpu"):
         yield
+
+
+def test_syncbn_takes_over_the_norm() -> None:
+    """All that can be seen of it without CUDA."""
+    norm = nn.BatchNorm2d(4, eps=1e-3, momentum=0.2).eval()
+    norm.running_mean.uniform_()
+    layer = _like(norm)
+    assert layer.weight is norm.weight
+    assert layer.running_mean is norm.running_mean
+    assert list(layer.state_dict()) == list(norm.state_dict())
+    x = torch.randn(2, 4, 3, 3)
+    torch.testing.assert_close(layer(x), norm(x), rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("alone")
