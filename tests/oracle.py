@@ -82,3 +82,66 @@ def normalise(y: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor,
     shape = (1, -1, *[1] * (y.dim() - 2))
     y_hat = (y - mean.view(shape)) / torch.sqrt(var + eps).view(shape)
     return gamma.view(shape) * y_hat + beta.view(shape)
+
+
+def patches(map: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """Every output's derivative by the weight, (M, C, *weight.shape) for M positions."""
+    by_weight = torch.autograd.functional.jacobian(lambda w: run(map, w, bias, x), weight.detach())
+    return by_weight.movedim(1, -1 - weight.dim()).flatten(0, -2 - weight.dim())
+
+
+@dataclass
+class Exponential:
+    """All past batches pooled with shares that fall by ``decay``; what they answer is read from some positions."""
+
+    decay: float
+    second_moment: bool
+    equal: bool = False
+    detach: bool = False
+    size: float = 0.0
+
+    def pool(self, y: Tensor, p: Tensor, at: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Moments to normalise y by, differentiable; the batch is taken in.
+
+        Args:
+            y: (N, C, *) of the map.
+            p: all its patches.
+            at: the positions (S,) that are looked at.
+            weight: of the map, today.
+            bias: of the map, today.
+        """
+        now_mean, now_var = batch_moments(y)
+        n = 1.0 if self.equal else y.numel() / y.shape[1]
+        s = n / (self.decay * self.size + n)
+        seen = y.movedim(1, -1).flatten(0, -2)[at].detach()
+        p = p[at]
+        seen_mean = seen.mean(0)
+        covariance = ((seen - seen_mean).view(*seen.shape, *[1] * weight.dim()) * (p - p.mean(0))).mean(0)
+        seen_var = (seen - seen_mean).square().mean(0)
+        state = (now_mean, now_var, seen_mean, seen_var, p.mean(0), covariance)
+        mean, var = now_mean, now_var
+        if self.size:
+            dims = tuple(range(1, 1 + weight.dim()))
+            old_mean, old_var, mean_at, var_at, patch, cov = self.state
+            of_mean = (patch * weight).sum(dims) + (0 if bias is None else bias)
+            of_var = (cov * weight).sum(dims)
+            if self.second_moment:
+                then_mean = old_mean + of_mean - mean_at
+                nu = old_var + old_mean.square() + 2 * (of_var - var_at) + 2 * old_mean * (of_mean - mean_at)
+                then_var = torch.maximum(nu - then_mean.square(), torch.zeros_like(nu))
+            else:
+                ratio = of_var / var_at
+                then_mean, then_var = of_mean + ratio * (old_mean - mean_at), ratio.square() * old_var
+            if self.detach:
+                then_mean, then_var = then_mean.detach(), then_var.detach()
+            mean = (1 - s) * then_mean + s * now_mean
+            var = (1 - s) * (then_var + then_mean.square()) + s * (now_var + now_mean.square()) - mean.square()
+            of_mean, of_var = of_mean.detach(), of_var.detach()
+            both = (1 - s) * of_mean + s * seen_mean
+            raised = (1 - s) * (of_var + of_mean.square()) + s * (seen_var + seen_mean.square()) - both.square()
+            apart = (seen_mean - of_mean).view(-1, *[1] * weight.dim())
+            new_cov = (1 - s) * cov + s * covariance + s * (1 - s) * apart * (p.mean(0) - patch)
+            state = (mean, var, both, raised, (1 - s) * patch + s * p.mean(0), new_cov)
+        self.state = tuple(t.detach() for t in state)
+        self.size = self.decay * self.size + n
+        return mean, var

@@ -141,14 +141,14 @@ LAST: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 @pytest.fixture(autouse=True)
 def last_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Note the pooled moments of every forward."""
-    pool = CrossIterationBatchNorm._pool
+    first = CrossIterationBatchNorm._first
 
     def noting(self, *args):
-        pooled, at = pool(self, *args)
+        pooled, response = first(self, *args)
         LAST[self] = (pooled.mean, pooled.var)
-        return pooled, at
+        return pooled, response
 
-    monkeypatch.setattr(CrossIterationBatchNorm, "_pool", noting)
+    monkeypatch.setattr(CrossIterationBatchNorm, "_first", noting)
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 4, 7), (9, 3), (2, 3, 11), (2, 3, 3, 2, 5)], ids=str)

@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Reductions", "normalise", "normalise_backward", "per_channel", "scale_and_shift", "through_moments"]
+__all__ = [
+    "Reductions",
+    "normalise",
+    "normalise_backward",
+    "per_channel",
+    "reduce",
+    "scale_and_shift",
+    "through_moments",
+]
 
 
 class Reductions(NamedTuple):
@@ -55,15 +63,30 @@ def normalise_backward(
         weight.
     """
     if not y.numel():
+        return g.to(y.dtype, copy=True), reduce(g, y, mean, var, eps)
+    grad_y, grad_weight, grad_bias = _backward_kernel(g, y, mean, var, weight, eps, True)
+    return grad_y, Reductions(grad_bias, grad_weight)
+
+
+def reduce(g: Tensor, y: Tensor, mean: Tensor, var: Tensor, eps: float) -> Reductions:
+    """Sum g and sum g * y_hat per channel."""
+    if not y.numel():
         # Made of g, empty as it is: a compiler would not leave in the backward what is sent there if it were constant.
         none = g.sum([d for d in range(g.dim()) if d != 1]).to(mean.dtype)
-        return g.to(y.dtype, copy=True), Reductions(none, none.clone())
+        return Reductions(none, none.clone())
+    _, g_y_hat, g = _backward_kernel(g, y, mean, var, None, eps, False)
+    return Reductions(g, g_y_hat)
+
+
+def _backward_kernel(
+    g: Tensor, y: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, eps: float, needs_y: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
     g, y = _plain_stride(g), _plain_stride(y)
-    grad_y, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-        g, y, weight, mean, var, None, None, False, eps, [True, True, True]
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
+        g, y, weight, mean, var, None, None, False, eps, [needs_y, True, True]
     )
-    return grad_y, Reductions(grad_bias, grad_weight)
+    return found
 
 
 def _plain_stride(t: Tensor) -> Tensor:
@@ -73,11 +96,19 @@ def _plain_stride(t: Tensor) -> Tensor:
     return t.as_strided(t.shape, (t.numel(), *t.stride()[1:]))
 
 
-def through_moments(grad: Tensor, y: Tensor, mean: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
-    """Grad + slope * (y - mean) + offset, all but y and grad per channel: how the moments' gradient reaches y.
+def through_moments(
+    grad: Tensor, y: Tensor, mean: Tensor, slope: Tensor, offset: Tensor, scale: Tensor | None = None
+) -> Tensor:
+    """Scale * grad + slope * (y - mean) + offset, all but y and grad per channel: how the moments' gradient reaches y.
 
     In float32 or better, rounded once to the dtype of ``grad``: the sums of what comes out are to vanish.
     """
+    if grad.dtype == y.dtype == mean.dtype and y.numel():  # normalise by a variance of one: one pass, not three
+        change: Tensor = torch.ops.aten.native_batch_norm(
+            _plain_stride(y), slope, offset, mean, torch.ones_like(mean), False, 0.0, 0.0
+        )[0]
+        return change.add_(grad) if scale is None else change.addcmul_(grad, per_channel(scale, y))
     mean, slope, offset = (per_channel(v, y) for v in (mean, slope, offset))
     change = (y.to(mean.dtype) - mean).mul_(slope).add_(offset)
-    return change.add_(grad).to(grad.dtype)
+    change = change.add_(grad) if scale is None else change.addcmul_(grad.to(mean.dtype), per_channel(scale, y))
+    return change.to(grad.dtype)

@@ -9,6 +9,7 @@ padding mode, and for Linear. Letters: N examples, C output channels, G groups, 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -132,6 +133,40 @@ class LinearMap:
         )
         return self.rows(grad) / m
 
+    def reading(
+        self, input_size: tuple[int, ...], output_size: tuple[int, ...], at: Sequence[Tensor]
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Where in the map's input the patches of S output positions lie, for :meth:`patches`.
+
+        Args:
+            input_size: spatial size of the map's input; () for Linear.
+            output_size: of its output.
+            at: the positions' examples (S,), then their coordinates, one (S,) a spatial dimension.
+
+        Returns:
+            Indices of examples and of each spatial dimension, which broadcast to (S, *kernel), and where in that there
+            is nothing but zeros, if anywhere.
+        """
+        dims = len(self.kernel)
+        index, outside = [at[0].view(-1, *[1] * dims)], None
+        for d in range(dims):
+            reads = self._reads(d, input_size[d], output_size[d], at[0].device)[at[1 + d]]
+            reads = reads.view(len(reads), *(self.kernel[d] if i == d else 1 for i in range(dims)))
+            if self.transposed or (self.padding_mode == "zeros" and self.pads[d] != (0, 0)):
+                outside = reads < 0 if outside is None else outside | (reads < 0)
+                reads = reads.clamp_min(0)
+            index.append(reads)
+        return index, outside
+
+    def patches(self, x: Tensor, index: Sequence[Tensor], outside: Tensor | None) -> Tensor:
+        """Input patches (S, G, K), in float32 or better, of the map's input x, from where :meth:`reading` says."""
+        if not self.kernel:
+            return x.reshape(-1, x.shape[-1])[index[0]].to(compute_dtype(x.dtype)).unsqueeze(1)
+        found: Tensor = torch.ops.aten.index(x, [index[0], None, *index[1:]])  # (S, *kernel, C_in)
+        if outside is not None:
+            found = found.masked_fill_(outside.unsqueeze(-1), 0.0)
+        return found.to(compute_dtype(x.dtype)).movedim(-1, 1).reshape(len(found), self.groups, -1)
+
     def _output_padding(self, x: Tensor, y: Tensor) -> list[int]:
         # From the sizes, since a call may give another output_size than the module's.
         if not self.transposed:
@@ -149,9 +184,39 @@ class LinearMap:
         return F.pad(x, flat, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     def _taps(self, d: int, input_size: int, output_size: int, like: Tensor) -> Tensor:
-        geometry = (self.kernel[d], self.stride[d], self.dilation[d], self.pads[d], self.padding_mode, self.transposed)
         count = _tap_counts if torch.compiler.is_compiling() else _cached_tap_counts
-        return count(*geometry, input_size, output_size, like.dtype, like.device)
+        return count(*self._along(d), input_size, output_size, like.dtype, like.device)
+
+    def _reads(self, d: int, input_size: int, output_size: int, device: torch.device) -> Tensor:
+        find = _tap_reads if torch.compiler.is_compiling() else _cached_tap_reads
+        return find(*self._along(d), input_size, output_size, device)
+
+    def _along(self, d: int) -> tuple[int, int, int, tuple[int, int], str, bool]:
+        return self.kernel[d], self.stride[d], self.dilation[d], self.pads[d], self.padding_mode, self.transposed
+
+
+def _tap_reads(
+    kernel: int,
+    stride: int,
+    dilation: int,
+    pads: tuple[int, int],
+    padding_mode: str,
+    transposed: bool,
+    input_size: int,
+    output_size: int,
+    device: torch.device | None = None,
+) -> Tensor:
+    """(output_size, kernel): the input position that each output position reads through each tap, -1 for none."""
+    tap, output = torch.arange(kernel) * dilation, torch.arange(output_size).unsqueeze(1)
+    if transposed:
+        # Input i reaches output i * stride - pad + tap.
+        reach = output + pads[0] - tap
+        source = reach.div(stride, rounding_mode="floor")
+        inside = (reach.remainder(stride) == 0) & (source >= 0) & (source < input_size)
+        return torch.where(inside, source, -1).to(device)
+    positions = torch.arange(input_size, dtype=torch.float64)[None, None] + 1  # 0 is left for zero padding
+    positions = F.pad(positions, pads, mode="constant" if padding_mode == "zeros" else padding_mode)[0, 0].long()
+    return (positions[output * stride + tap] - 1).to(device)
 
 
 def _tap_counts(
@@ -167,19 +232,11 @@ def _tap_counts(
     device: torch.device,
 ) -> Tensor:
     """(kernel, input_size): how many output positions read input position i through tap k, along one dimension."""
-    tap = torch.arange(kernel).unsqueeze(1) * dilation
-    if transposed:
-        # Input i reaches output i * stride - pad + tap, once, if that lies inside the output.
-        target = torch.arange(input_size) * stride - pads[0] + tap
-        counts = ((target >= 0) & (target < output_size)).to(dtype)
-    else:
-        source = torch.arange(input_size, dtype=torch.float64)[None, None] + 1  # 0 is left for zero padding
-        source = F.pad(source, pads, mode="constant" if padding_mode == "zeros" else padding_mode)[0, 0].long()
-        read = source[torch.arange(output_size) * stride + tap]  # (kernel, output_size)
-        counts = torch.zeros(kernel, input_size + 1, dtype=dtype)
-        counts = counts.scatter_add_(1, read, torch.ones((), dtype=dtype).expand_as(read))[:, 1:]
-    return counts.to(device)
+    reads = _tap_reads(kernel, stride, dilation, pads, padding_mode, transposed, input_size, output_size).t()
+    counts = torch.zeros(kernel, input_size + 1, dtype=dtype)
+    return counts.scatter_add_(1, reads + 1, torch.ones((), dtype=dtype).expand_as(reads))[:, 1:].to(device)
 
 
 # What is cached must serve training too.
+_cached_tap_reads = lru_cache(maxsize=1024)(torch.inference_mode(False)(_tap_reads))
 _cached_tap_counts = lru_cache(maxsize=1024)(torch.inference_mode(False)(_tap_counts))

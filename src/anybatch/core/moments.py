@@ -10,7 +10,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "bessel", "channel_mean", "compute_dtype", "moments", "pool", "position_mean", "update_running_"]
+__all__ = [
+    "Moments",
+    "bessel",
+    "blend",
+    "channel_mean",
+    "compute_dtype",
+    "moments",
+    "pool",
+    "position_mean",
+    "update_running_",
+]
+
+
+_LONG_ROW = 16  # values of a channel of one example, from which on GroupNorm's kernel is the faster
 
 
 class Moments(NamedTuple):
@@ -37,11 +50,24 @@ def moments(x: Tensor) -> Moments:
         return Moments(zeros, zeros.clone(), 0)
     fast = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
     if fast and not torch.compiler.is_compiling():  # a compiler makes its own of var_mean
+        if x.dim() > 2 and x.is_contiguous() and size >= _LONG_ROW * len(x):
+            return Moments(*pool(*_row_moments(x)), size)
         # torch's own BatchNorm kernel: two passes, accumulated in float64, several times var_mean's speed on CPU.
         mean, var = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0)
         return Moments(mean, var, size)
     var, mean = torch.var_mean(x.to(compute_dtype(x.dtype)), _all_but_channels(x), correction=0)
     return Moments(mean, var, size)
+
+
+def _row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and population variances (C, N) over * of contiguous ``x`` (N, C, *), by GroupNorm's kernel.
+
+    It is vectorised where BatchNorm's is not, and its normalised output costs less than that.
+    """
+    n, c = x.shape[:2]
+    tiny = 1e-30  # its eps must be positive
+    _, mean, inverse = torch.ops.aten.native_group_norm(x, None, None, n, c, x.numel() // (n * c), c, tiny)
+    return mean.t(), (inverse.square().reciprocal() - tiny * (1 + 1e-6)).clamp_min(0).t()  # a constant's is zero
 
 
 def channel_mean(x: Tensor) -> Tensor:
@@ -78,6 +104,21 @@ def pool(means: Tensor, variances: Tensor, shares: Tensor | None = None) -> tupl
     return mean, together(torch.addcmul(variances, spread, spread))
 
 
+def blend(
+    mean: Tensor, var: Tensor, new_mean: Tensor, new_var: Tensor, rate: Tensor | float, total: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Moments of two batches taken together, of which the new one has the share ``rate``; see :func:`pool`.
+
+    mean + r d,  (1 - r) var + r (new_var [+ (1 - r) d^2]),  d = new_mean - mean; the last term if ``total``.
+    """
+    if total:
+        d = new_mean - mean
+        new_var = torch.addcmul(new_var, d, d * (1 - rate))
+    if isinstance(rate, Tensor):
+        rate = rate.to(mean.dtype)
+    return mean.lerp(new_mean.to(mean.dtype), rate), var.lerp(new_var.to(var.dtype), rate)
+
+
 def bessel(var: Tensor, count: int | Tensor) -> Tensor:
     """Population variance of ``count`` values to the Bessel-corrected one, as torch keeps it in running_var."""
     fewer = (count - 1).clamp_min(1) if isinstance(count, Tensor) else max(count - 1, 1)
@@ -111,9 +152,6 @@ def update_running_(
     """
     if ok is not None:
         mean, var = torch.where(ok, mean, running_mean), torch.where(ok, var, running_var)
-    if total:
-        d = mean - running_mean
-        var = torch.addcmul(var, d, d * (1 - rate))
-    for running, new in ((running_mean, mean), (running_var, var)):
-        step = rate.to(running.dtype) if isinstance(rate, Tensor) else rate
-        running.lerp_(new.to(running.dtype), step)
+    mean, var = blend(running_mean, running_var, mean, var, rate, total)
+    running_mean.copy_(mean)
+    running_var.copy_(var)

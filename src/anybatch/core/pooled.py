@@ -12,6 +12,9 @@ carried moments of past batches. With a = gamma / sqrt(var + eps), E and m over 
     later:     dy += (1 - s) a (-R1 - y_hat R2) = offset + slope (y - mean_t) for the layers before: what later batches
                will take from this one, estimated by averages R1, R2 of E[g], E[g y_hat]. W has its part by 'history'
                already, so this one is taken back there: dL/dW -= m (offset E[p] + slope E[(y - mean_t) p]).
+
+What W gets is linear in four numbers a channel, f = (dL/dmean, dL/dvar, -m offset, -m slope); :class:`Response` says by
+which patches and covariances.
 """
 
 from collections.abc import Callable
@@ -21,35 +24,60 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .affine import Reductions, normalise, normalise_backward, through_moments
+from .affine import normalise, reduce, through_moments
 from .moments import Moments
 from .ranks import Group, rank_count, total
+from .tensors import at_hand
 
-__all__ = ["Averages", "Batch", "Pooled", "normalise_pooled", "spread"]
+__all__ = ["Averages", "Map", "Pooled", "Response", "Rule", "add_spread_", "normalise_pooled", "spread"]
 
 
-class Batch(NamedTuple):
-    """The current batch behind its map. K = 0 where there is no map to speak of.
+class Map(NamedTuple):
+    """The map's weights today, attached."""
 
-    Of a batch spread over ranks, ``now`` is the whole batch's, and the parts of ``patch`` and ``covariance`` on the
-    ranks add up to it.
+    rows: Tensor  # (C, K)
+    bias: Tensor | None  # (C,)
+
+
+class Response(NamedTuple):
+    """What the map's weights get of f: dL/dW = sum_j (A_j f) T_j over the tensors T here, dL/db = A_last f.
+
+    These are, where they are given, the patches, ``covariance``, ``second`` or, in its place, sum_s left_s right_s. Of
+    a batch spread over ranks the parts on the ranks add up to the whole.
     """
 
-    now: Moments
-    rows: Tensor  # (C, K) the map's weights today, attached
-    bias: Tensor | None  # (C,) the map's bias, attached
-    patch: Tensor  # (G, K) E[p]
-    covariance: Tensor  # (C, K) E[(y - mean) p]
+    patches: Tensor  # (I, G, K)
+    covariance: Tensor  # (C, K)
+    second: Tensor | None  # (C, K)
+    left: Tensor | None  # (S, C), right: (S, G, K)
+    right: Tensor | None
+    by: Tensor  # (I + 1 or 2 + 1, 4, C) A
 
 
 class Pooled(NamedTuple):
-    """What one forward normalises by, and how that answers to the current batch and to today's weights."""
+    """What one forward normalises by."""
 
     mean: Tensor  # (C,)
     var: Tensor  # (C,)
     share: Tensor  # () of the current batch
-    by_weight: tuple[Tensor, Tensor] | None  # d mean / dW (G, K), d var / dW (C, K), through the history
-    by_bias: tuple[Tensor, Tensor] | None  # d mean / db (), d var / db (C,)
+
+
+class Rule(NamedTuple):
+    """How batches are pooled.
+
+    Args:
+        window: k, batches.
+        by_count: shares by the number of values; else every batch counts the same.
+        second_moment: expand E[y^2] to first order; else the standard deviation.
+        gradient: through the past too.
+        group: ranks that the batches are spread over.
+    """
+
+    window: int
+    by_count: bool = True
+    second_moment: bool = False
+    gradient: bool = True
+    group: Group = None
 
 
 class Averages(NamedTuple):
@@ -66,8 +94,10 @@ def normalise_pooled(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    batch: Batch,
+    now: Moments,
     pooled: Pooled,
+    map: Map | None = None,
+    response: Response | None = None,
     averages: Averages | None = None,
     group: Group = None,
     on_backward: Callable[[], None] | None = None,
@@ -79,19 +109,19 @@ def normalise_pooled(
         weight: gamma (C,).
         bias: beta (C,).
         eps: inside the square root.
-        batch: y's own moments and its map.
+        now: y's own moments, over all ranks.
         pooled: the moments to normalise by.
+        map: what made y.
+        response: what the map's weights get; None: nothing.
         averages: give R1, R2; None leaves out 'later'.
         group: the ranks that the batch is spread over.
         on_backward: called once a backward.
     """
     # One tensor an argument: a compiler follows no others.
-    size = batch.now.size
-    sized = (None, size) if isinstance(size, Tensor) else (size, None)
-    mapped = (batch.rows, batch.bias, batch.patch, batch.covariance) if batch.patch.numel() else [None] * 4
-    by_map = [None] * 4 if mapped[0] is None else [*(pooled.by_weight or [None] * 2), *(pooled.by_bias or [None] * 2)]
+    sized = (None, now.size) if isinstance(now.size, Tensor) else (now.size, None)
+    mapped = [None] * 8 if map is None or response is None else [*map, *response]
     out: Tensor = _NormalisePooled.apply(  # type: ignore[no-untyped-call]
-        *(y, weight, bias, *mapped, batch.now.mean, pooled.mean, pooled.var, pooled.share, *by_map),
+        *(y, weight, bias, *mapped, now.mean, *pooled),
         *(*sized, *(averages or (None, None, 0, None)), eps, group, on_backward),
     )
     return out
@@ -103,15 +133,16 @@ def average_(averages: Averages, new: Tensor) -> Tensor:
     The plain mean of the first ``over`` backwards, an exponential average with weight 1 / over from then on. A
     backward with a gradient that is not finite leaves them as they were.
     """
-    scale = averages.loss_scale
+    kept, backwards, over, scale = averages
     if scale is not None:
         new = new / scale
     ok = torch.isfinite(new.sum())
-    averages.backwards.add_(ok)
-    averages.reductions.add_(
-        torch.where(ok, new - averages.reductions, 0.0) / averages.backwards.clamp(1, averages.over)
-    )
-    return averages.reductions.clone() if scale is None else averages.reductions * scale
+    backwards.add_(ok)
+    if not at_hand(ok):
+        kept.add_(torch.where(ok, new - kept, 0.0) / backwards.clamp(1, over))
+    elif ok:
+        kept.lerp_(new, 1 / min(backwards.item(), over))
+    return kept.clone() if scale is None else kept * scale
 
 
 class _NormalisePooled(torch.autograd.Function):
@@ -123,16 +154,16 @@ class _NormalisePooled(torch.autograd.Function):
         bias: Tensor | None,
         rows: Tensor | None,
         map_bias: Tensor | None,
-        patch: Tensor | None,
+        patches: Tensor | None,
         covariance: Tensor | None,
+        second: Tensor | None,
+        left: Tensor | None,
+        right: Tensor | None,
+        by: Tensor | None,
         now_mean: Tensor,
         mean: Tensor,
         var: Tensor,
         share: Tensor,
-        mean_by_weight: Tensor | None,
-        var_by_weight: Tensor | None,
-        mean_by_bias: Tensor | None,
-        var_by_bias: Tensor | None,
         size: int | None,
         size_of_ranks: Tensor | None,
         reductions: Tensor | None,
@@ -145,8 +176,8 @@ class _NormalisePooled(torch.autograd.Function):
     ) -> Tensor:
         # Saved, and not kept as attributes: a loss that someone keeps after its backward then holds none of them.
         ctx.save_for_backward(
-            *(y, weight, now_mean, patch, covariance, mean, var, share),
-            *(mean_by_weight, var_by_weight, mean_by_bias, var_by_bias, size_of_ranks),
+            *(y, weight, now_mean, mean, var, share),
+            *(patches, covariance, second, left, right, by, size_of_ranks),
         )
         ctx.reductions, ctx.backwards, ctx.over, ctx.loss_scale = reductions, backwards, over, loss_scale
         ctx.size, ctx.eps, ctx.group, ctx.on_backward = size, eps, group, on_backward
@@ -155,48 +186,66 @@ class _NormalisePooled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, now_mean, patch, covariance, mean, var, share, *by_map, size_of_ranks = ctx.saved_tensors
-        mean_by_weight, var_by_weight, mean_by_bias, var_by_bias = by_map
+        y, weight, now_mean, mean, var, share, *mapped, size_of_ranks = ctx.saved_tensors
+        *tensors, by = mapped
         m = ctx.size if size_of_ranks is None else size_of_ranks
         if ctx.on_backward is not None:
             ctx.on_backward()
-        grad_y, own = normalise_backward(g, y, mean, var, weight, ctx.eps)
-        sums = own if ctx.group is None else Reductions(*total(torch.stack(own), ctx.group).unbind())
+        own = reduce(g, y, mean, var, ctx.eps)
+        sums = total(torch.stack(own), ctx.group)  # (2, C) sum g, sum g y_hat
 
         inverse = torch.rsqrt(var + ctx.eps)
         a = inverse if weight is None else inverse * weight.to(inverse.dtype)
-        by_mean = -a * sums.g
-        by_var = -0.5 * a * inverse * sums.g_y_hat
-        offset = share * (by_mean + 2 * by_var * (now_mean - mean)) / m
-        slope = share * by_var * (2 / m)
-
-        needs_rows, needs_bias = ctx.needs_input_grad[3:5]
-        grad_rows = grad_bias = None
-        ranks = rank_count(ctx.group)  # each has its part of the patches, and takes as much of what the bias gets
-        if needs_rows and mean_by_weight is not None:
-            grad_rows = torch.addcmul(spread(mean_by_weight, by_mean), var_by_weight, by_var.unsqueeze(1))
-        if needs_bias and mean_by_bias is not None:
-            grad_bias = (by_mean * mean_by_bias + by_var * var_by_bias) / ranks
+        scales, apart = torch.stack([a, a * inverse]), now_mean - mean
+        through = sums * (share / m)  # E[g] and E[g y_hat] that y is answerable for: its share of its own,
+        f = sums * scales * sums.new_tensor([[-1.0], [-0.5]])
         if ctx.over:
             averages = Averages(ctx.reductions, ctx.backwards, ctx.over, ctx.loss_scale)
-            r1, r2 = average_(averages, torch.stack(sums) / m).unbind()
-            # Without any share of its own the batch was normalised by constants, and nothing but a g flows.
-            rest = a * (1 - share) * share.sign()
-            later_slope = -rest * inverse * r2
-            later_offset = -rest * r1 + later_slope * (now_mean - mean)
-            if needs_rows:
-                back = spread(patch, -m * later_offset)
-                back.addcmul_(covariance, (-m * later_slope).unsqueeze(1))
-                grad_rows = back if grad_rows is None else grad_rows.add_(back)
-            if needs_bias:
-                back = -m * later_offset / ranks
-                grad_bias = back if grad_bias is None else grad_bias.add_(back)
-            offset, slope = offset + later_offset, slope + later_slope
+            later = average_(averages, sums / m) * (1 - share)
+            if not isinstance(m, int) or m < 2:  # it may be normalised by constants, and nothing but a g flows
+                later = later * share.sign()
+            through = through + later  # and the rest of the average
+            offset, slope = (later * scales * m).unbind()
+            f = torch.cat([f, torch.stack([torch.addcmul(offset, slope, apart), slope])])
+        else:
+            f = torch.cat([f, torch.zeros_like(f)])
+
+        grad_y = grad_rows = grad_bias = None
+        if by is not None and any(ctx.needs_input_grad[3:5]):
+            of = (by * f).sum(1)  # (I + J + 1, C)
+            if ctx.needs_input_grad[3]:
+                grad_rows = _grad_rows(of, *tensors)
+            if ctx.needs_input_grad[4]:  # each rank has its part of the patches, and takes as much of the bias's
+                grad_bias = of[-1] if ctx.group is None else of[-1] / rank_count(ctx.group)
         if ctx.needs_input_grad[0]:
-            grad_y = through_moments(grad_y, y, now_mean, slope, offset)
+            offset, slope = (through * -scales).unbind()
+            grad_y = through_moments(g, y, now_mean, slope, torch.addcmul(offset, slope, apart), a)
         grad_weight = own.g_y_hat if ctx.needs_input_grad[1] else None
         grad_beta = own.g if ctx.needs_input_grad[2] else None
         return grad_y, grad_weight, grad_beta, grad_rows, grad_bias, *[None] * 19
+
+
+def _grad_rows(
+    of: Tensor, patches: Tensor, covariance: Tensor, second: Tensor | None, left: Tensor | None, right: Tensor | None
+) -> Tensor:
+    """(C, K): what goes by each tensor of :class:`Response`, ``of`` them."""
+    i = len(patches)
+    grad = covariance.to(of.dtype) if covariance.dtype != of.dtype else None
+    grad = covariance * of[i].unsqueeze(1) if grad is None else grad.mul_(of[i].unsqueeze(1))
+    if second is not None:
+        grad.addcmul_(second, of[i + 1].unsqueeze(1))
+    if left is None or right is None:
+        return add_spread_(grad, of[:i], patches)
+    return add_spread_(grad, torch.cat([of[:i], left * of[i + 1]]), torch.cat([patches, right]))
+
+
+def add_spread_(to: Tensor, by_channel: Tensor, patches: Tensor) -> Tensor:
+    """Add to (C, K), in place, patches (I, G, K) times (I, C), each channel taking its group's."""
+    i, groups, k = patches.shape
+    if groups == 1:
+        return to.addmm_(by_channel.t(), patches.squeeze(1))
+    to.view(groups, -1, k).baddbmm_(by_channel.view(i, groups, -1).permute(1, 2, 0), patches.transpose(0, 1))
+    return to
 
 
 def spread(patch: Tensor, by_channel: Tensor) -> Tensor:

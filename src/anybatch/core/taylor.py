@@ -24,9 +24,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .moments import Moments, pool
+from .pooled import Pooled, Response, Rule
 from .ranks import Group, total
 
-__all__ = ["Carried", "Entries", "Responses", "carry", "history_gradient", "responses"]
+__all__ = ["Carried", "Entries", "Responses", "by_patch", "carry", "history_gradient", "pool_entries", "responses"]
 
 
 class Entries(NamedTuple):
@@ -46,7 +48,7 @@ class Carried(NamedTuple):
 
     mean: Tensor  # (C, T)
     var: Tensor  # (C, T)
-    var_by_patch: Tensor  # (C, T) d var_t / dW_c = var_by_patch * E_t[p] + var_by_covariance * c_t; d / db the former
+    varby_patch: Tensor  # (C, T) d var_t / dW_c = varby_patch * E_t[p] + var_by_covariance * c_t; d / db the former
     var_by_covariance: Tensor  # (C, T)
 
 
@@ -70,7 +72,7 @@ def responses(
         bias: b.
         group: the ranks whose parts of patches and covariances add up to the whole.
     """
-    past_mean, now_mean = _by_patch(past.patch, rows), _by_patch(patch.unsqueeze(1), rows)
+    past_mean, now_mean = by_patch(past.patch, rows), by_patch(patch.unsqueeze(1), rows)
     past_var, now_var = (torch.bmm(c, rows.unsqueeze(2)).squeeze(2) for c in (past.covariance, covariance.unsqueeze(1)))
     if group is not None and patch.numel():
         parts = torch.stack([torch.cat([past_mean, now_mean], 1), torch.cat([past_var, now_var], 1)])
@@ -81,8 +83,10 @@ def responses(
     return Responses(past_mean, past_var), Responses(now_mean, now_var)
 
 
-def _by_patch(patch: Tensor, rows: Tensor) -> Tensor:
+def by_patch(patch: Tensor, rows: Tensor) -> Tensor:
     """<E[p], W_c> for patches (G, T, K) and weights (C, K): (C, T)."""
+    if len(patch) == 1:
+        return rows @ patch[0].t()
     return torch.matmul(_by_group(rows, patch), patch.transpose(1, 2)).flatten(0, 1)
 
 
@@ -115,10 +119,67 @@ def history_gradient(
     Returns:
         d mean / dW (G, K), d var / dW (C, K), d var / db (C,); d mean / db is sum(shares).
     """
-    of_patch = shares * (2 * (carried.mean - pooled_mean.unsqueeze(1)) + carried.var_by_patch)
-    by_patch = torch.matmul(_by_group(of_patch, past.patch), past.patch).flatten(0, 1)
+    of_patch = shares * (2 * (carried.mean - pooled_mean.unsqueeze(1)) + carried.varby_patch)
+    through_patch = torch.matmul(_by_group(of_patch, past.patch), past.patch).flatten(0, 1)
     by_covariance = torch.bmm((shares * carried.var_by_covariance).unsqueeze(1), past.covariance).squeeze(1)
-    return torch.matmul(shares, past.patch), by_patch + by_covariance, of_patch.sum(1)
+    return torch.matmul(shares, past.patch), through_patch + by_covariance, of_patch.sum(1)
+
+
+def pool_entries(
+    past: Entries,
+    now: Moments,
+    patch: Tensor,
+    covariance: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    rule: Rule,
+    used: Tensor | None = None,
+) -> tuple[Pooled, Response | None, Responses]:
+    """Pool a batch with past ones.
+
+    Args:
+        past: T entries.
+        now: the batch's moments, over all ranks.
+        patch: E[p] (G, K) of this rank's part of it.
+        covariance: E[(y - mean) p] (C, K) likewise.
+        rows: W (C, K); K = 0 where there is no map to speak of.
+        bias: b (C,).
+        rule: how.
+        used: a bool on the device, False: normalise by the batch alone.
+
+    Returns:
+        What to normalise by; how that answers to the map, None without one; and the batch's own responses.
+    """
+    today, own = responses(past, patch, covariance, rows, bias, rule.group)
+    carried = carry(past, today, rule.second_moment)
+    sizes = past.sizes if rule.by_count else past.sizes.sign()
+    size = now.size if rule.by_count else 1
+    if used is not None:
+        sizes = sizes * used
+    weights = torch.cat([sizes.new_ones(1) * size, sizes])
+    shares = weights / weights.sum().clamp_min(1)
+    means = torch.cat([now.mean[:, None], carried.mean], 1)
+    mean, var = pool(means, torch.cat([now.var[:, None], carried.var], 1), shares)
+    pooled = Pooled(mean, var, shares[0])
+    if not rows.shape[1]:
+        return pooled, None, own
+    zeros, ones = torch.zeros_like(mean), torch.ones_like(mean)
+    of_patch, of_covariance = torch.stack([zeros, zeros, ones, zeros]), torch.stack([zeros, zeros, zeros, ones])
+    if not rule.gradient:
+        by = torch.stack([of_patch, of_covariance, of_patch])
+        return pooled, Response(patch.unsqueeze(0), covariance, None, None, None, by), own
+    mean_by_weight, var_by_weight, var_by_bias = history_gradient(past, carried, shares[1:], mean)
+    by = torch.stack(
+        [
+            torch.stack([ones, zeros, zeros, zeros]),
+            of_patch,
+            torch.stack([zeros, ones, zeros, zeros]),
+            of_covariance,
+            torch.stack([ones * shares[1:].sum(), var_by_bias, ones, zeros]),
+        ]
+    )
+    patches = torch.stack([mean_by_weight, patch])
+    return pooled, Response(patches, var_by_weight, covariance, None, None, by), own
 
 
 def _by_group(of_channels: Tensor, patch: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["function_name", "version"]
+__all__ = ["at_hand", "function_name", "version"]
 
 
 def version(tensor: Tensor) -> int:
@@ -20,3 +20,8 @@ def function_name(func: Callable[..., Any]) -> str:
     if name == "__get__":  # of a property such as y.T
         name = str(getattr(getattr(func, "__self__", None), "__name__", name))
     return name.strip("_")
+
+
+def at_hand(t: Tensor) -> bool:
+    """Whether a value can be read without anyone waiting for it: no other device computes it, and no compiler."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -2,13 +2,16 @@
 
 The norm after a linear map y = W p + b, at weights W_t, over a window of k batches, the current one included:
 
-    mu_tau(W_t), var_tau(W_t)   moments of the last k - 1 batches carried over to W_t (core/taylor.py)
+    mu_tau(W_t), var_tau(W_t)   moments of past batches carried over to W_t
     mu_bar  = sum_tau s_tau mu_tau(W_t)
     var_bar = sum_tau s_tau ( var_tau(W_t) + (mu_tau(W_t) - mu_bar)^2 )
     out     = gamma * y_hat + beta,   y_hat = (y - mu_bar) / sqrt(var_bar + eps)
 
-with shares s_tau by sample count ('samples': still weights make this BatchNorm on the window's concatenation) or 1/k
-('equal', the paper's). Evaluation is BatchNorm on the running statistics, so the layer folds into its map.
+``kind`` 'ring', the paper's (core/taylor.py): the last k - 1 batches, each kept with its answer to the weights; shares
+s_tau by sample count ('samples': still weights make this BatchNorm on the window's concatenation) or 1/k ('equal', the
+paper's). 'exponential' (core/exponential.py): all past batches in the memory of one, with shares that fall by
+(k - 1) / (k + 1) a batch, so that as much is averaged over; it costs the same whatever k is. Its answer to the weights
+is read from some ``positions`` of every batch. Evaluation is BatchNorm on the running statistics, and folds into the map.
 
 Backward (core/pooled.py): 'current', the paper's, holds the history constant. 'history' lets the loss flow through the
 carried moments into W, which makes it blind to the scale of W again: <dL/dW, W> = 0 up to eps, as BatchNorm has it. For
@@ -16,9 +19,10 @@ the layers before, no history carries what later batches will take from this one
 it is estimated by gamma / sqrt(var_bar + eps) (1 - s) (-R1 - y_hat R2), with s the current batch's share and R1, R2 the
 averages of E[g], E[g y_hat] over ``average_reductions`` backwards.
 
-Deviations from the paper, each an option: the standard deviation is expanded instead of E[y^2] (``expansion``), the
-gradient flows through the history (``gradient``), earlier layers get the averaged reductions too, entries pool by count
-(``pooling``), and the running statistics' momentum counts examples (``momentum_batch``) and gives the total variance.
+Deviations from the paper, each an option: exponential shares (``kind``), sampled answers (``positions``), the standard
+deviation expanded instead of E[y^2] (``expansion``), the gradient through the history (``gradient``), the averaged
+reductions, shares by count (``pooling``), and running statistics whose momentum counts examples (``momentum_batch``)
+and whose variance is the total one.
 """
 
 from dataclasses import dataclass
@@ -26,19 +30,20 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from ..core.affine import per_channel
-from ..core.moments import channel_mean, moments, pool
-from ..core.pooled import Batch, Pooled, normalise_pooled, spread
-from ..core.ranks import pool_ranks
-from ..core.taylor import Responses, carry, history_gradient, responses
+from ..core.moments import Moments, moments
+from ..core.pooled import Map, Pooled, Response, Rule, normalise_pooled
+from ..core.ranks import Whole, pool_ranks
 from ..errors import AnybatchError
 from .base import NormLayer
 from .config import NormConfig
+from .exponential import Exponential
 from .feed import Feed
-from .history import History, HistoryLayer
+from .history import History, HistoryLayer, Today
 from .options import check_choice, check_flag, check_whole
 from .replay import first_run, once
+from .ring import Ring
 
 __all__ = ["CBN", "CrossIterationBatchNorm"]
 
@@ -58,6 +63,10 @@ class CrossIterationBatchNorm(HistoryLayer):
         device: of parameters and running statistics.
         dtype: of parameters and running statistics.
         bias: whether an affine layer has beta.
+        kind: 'exponential' or 'ring' (the paper's), how the past is kept.
+        positions: output positions of every batch from which 'exponential' reads how moments answer to the weights;
+            None: all, at the cost of one weight gradient more. 'ring' takes all.
+        storage: of what 'exponential' keeps in the size of the weights: 'full' (as the statistics) or 'bfloat16'.
         gradient: 'history' (through the carried moments) or 'current' (the paper's).
         compensate: carry past moments over to today's weights; False is naive CBN.
         pooling: 'samples' or 'equal'.
@@ -86,6 +95,9 @@ class CrossIterationBatchNorm(HistoryLayer):
     """
 
     takes_single_values = True  # the window's
+    kind: str
+    positions: int | None
+    storage: str
     gradient: str
     pooling: str
     average_reductions: int
@@ -105,6 +117,9 @@ class CrossIterationBatchNorm(HistoryLayer):
         *,
         bias: bool = True,
         alpha: float = 0.0,
+        kind: Literal["exponential", "ring"] = "exponential",
+        positions: int | None = 32,
+        storage: Literal["full", "bfloat16"] = "full",
         gradient: Literal["history", "current"] = "history",
         compensate: bool = True,
         pooling: Literal["samples", "equal"] = "samples",
@@ -121,6 +136,9 @@ class CrossIterationBatchNorm(HistoryLayer):
             bias=bias,
             alpha=alpha,
             window=window,
+            kind=kind,
+            positions=positions,
+            storage=storage,
             gradient=gradient,
             compensate=compensate,
             pooling=pooling,
@@ -142,6 +160,8 @@ class CrossIterationBatchNorm(HistoryLayer):
         """Refuse options out of range."""
         super().check_options(**options)
         choices = {
+            "kind": ("exponential", "ring"),
+            "storage": ("full", "bfloat16"),
             "gradient": ("history", "current"),
             "pooling": ("samples", "equal"),
             "expansion": ("deviation", "second_moment"),
@@ -152,8 +172,10 @@ class CrossIterationBatchNorm(HistoryLayer):
         check_flag("CBN", "compensate", options["compensate"])
         for name, least in {"window": 1, "average_reductions": 0, "burn_in_steps": 0}.items():
             check_whole("CBN", name, options[name], least)
-        for name in ("momentum_batch", "examples_per_group"):
+        for name in ("positions", "momentum_batch", "examples_per_group"):
             check_whole("CBN", name, options[name], none=True)
+        if options["kind"] == "ring" and options["storage"] != "full":
+            raise AnybatchError("CBN: kind='ring' keeps its batches in full; give kind='exponential' for bfloat16")
         if options.get("sync") and options["examples_per_group"]:
             raise AnybatchError("CBN: sync=True with examples_per_group, of which ranks may have unequal numbers")
 
@@ -172,78 +194,65 @@ class CrossIterationBatchNorm(HistoryLayer):
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _part(self, y: Tensor, index: int, feed: Feed | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        batch, examples = self._measure(y.detach(), feed)
-        history = self.history_of(index).like(batch.now.mean)
-        pooled = self._replay.recall(batch.now.mean, index) if self._replay.is_second_run() else None
-        if pooled is None:
-            pooled, at = once(self._pool, history, batch)
-            self._push(history, batch, pooled, at, examples)
-            self._replay.remember(batch.now.mean, index, pooled)
-        averages = self.averages(history) if self.average_reductions and batch.patch.numel() else None
-        on_backward = None if torch.compiler.is_compiling() else self._replay.backward_begins
-        return normalise_pooled(y, weight, bias, self.eps, batch, pooled, averages, self.group, on_backward)
-
-    def _measure(self, y: Tensor, feed: Feed | None) -> tuple[Batch, int | Tensor]:
-        """The batch behind its map, and its number of examples, both over all ranks."""
-        own = moments(y)
+        own = moments(y.detach())
         whole = pool_ranks(*own, len(y), self.group)
-        now = whole.now
-        dtype, channels = now.mean.dtype, self.num_features
+        now, map = whole.now, self._map(feed, own)
+        history = self.history_of(index).like(now.mean)
+        found = self._replay.recall(now.mean, index) if self._replay.is_second_run() else None
+        if found is None:
+            self._replay.tidy()
+            found = self._first(y.detach(), own, whole, map, feed if self.compensates else None, history)
+            self._replay.remember(now.mean, index, found)
+        pooled, response = found
+        averages = self.averages(history) if self.average_reductions and response is not None else None
+        on_backward = None if torch.compiler.is_compiling() else self._replay.backward_begins
+        args = (now, pooled, map, response, averages, self.group, on_backward)
+        return normalise_pooled(y, weight, bias, self.eps, *args)
+
+    def _map(self, feed: Feed | None, own: Moments) -> Map:
+        dtype = own.mean.dtype
         if feed is None or not self.compensates:
-            nothing = now.mean.new_zeros(channels, 0)
-            return Batch(now, nothing, None, nothing[:1], nothing), whole.examples
-        rows, bias = feed.geometry.rows(feed.weight).to(dtype), None if feed.bias is None else feed.bias.to(dtype)
-        if not y.numel():
-            nothing = torch.zeros_like(rows)
-            return Batch(now, rows, bias, nothing[: feed.geometry.groups], nothing), whole.examples
-        with torch.no_grad():
-            patch = feed.geometry.mean_patch(feed.x, tuple(y.shape[2:])).to(dtype)
-            # The rounded mean is not quite the mean, and at a mean of 1e4 what is left would drown the covariance.
-            centred = y.to(dtype) - per_channel(own.mean, y)
-            covariance = feed.geometry.covariance(feed.x, centred, feed.weight).to(dtype)
-            covariance -= spread(patch, channel_mean(centred))
-            if whole.apart is not None and whole.share is not None:
-                covariance = (covariance + spread(patch, whole.apart)) * whole.share
-                patch = patch * whole.share
-        return Batch(now, rows, bias, patch, covariance), whole.examples
+            return Map(own.mean.new_zeros(self.num_features, 0), None)
+        bias = None if feed.bias is None else feed.bias.to(dtype)
+        return Map(feed.geometry.rows(feed.weight).to(dtype), bias)
 
     @torch.no_grad()
-    def _pool(self, history: History, batch: Batch) -> tuple[Pooled, Responses]:
-        """What the batch is normalised by, and its own responses to the weights."""
-        now, samples = batch.now, self.pooling == "samples"
-        past = history.entries()
-        at = responses(past, batch.patch, batch.covariance, batch.rows, batch.bias, self.group)
-        carried = carry(past, at[0], self.second_moment)
-        used = past.sizes if samples else past.sizes.sign()
-        used = used * (history.forwards >= self.burn_in_steps)
-        own = used.new_ones(1) * (now.size if samples else 1)
-        weights = torch.cat([own, used])
-        shares = weights / weights.sum().clamp_min(1)
-        means = torch.cat([now.mean[:, None], carried.mean], 1)
-        mean, var = pool(means, torch.cat([now.var[:, None], carried.var], 1), shares)
-        share, few = shares[0], isinstance(now.size, Tensor) or now.size < 2
+    def _first(
+        self, y: Tensor, own: Moments, whole: Whole, map: Map, feed: Feed | None, history: History
+    ) -> tuple[Pooled, Response | None]:
+        """What to normalise a batch by that is seen for the first time; it goes into history and statistics."""
+        now = whole.now
+        today = Today(
+            now,
+            map.rows.detach(),
+            None if map.bias is None else map.bias.detach(),
+            whole.share,
+            history.forwards >= self.burn_in_steps if self.burn_in_steps else None,
+            first_run(now.mean.new_ones((), dtype=torch.bool), repeatable=False) if is_compiling() else None,
+        )
+        pooled, response, ok, new = once(self._pool, history, today, history.observe(y, own, whole, feed))
+        history.push_(today, ok, new)
+        self.track_(now, whole.examples, ok, total=not self.torch_running, momentum_batch=self.momentum_batch)
+        return pooled, response
+
+    def _pool(self, history: History, today: Today, seen: Any) -> tuple[Pooled, Response | None, Tensor, Any]:
+        rule = Rule(self.window, self.pooling == "samples", self.second_moment, self.gradient == "history", self.group)
+        pooled, response, ok, new = history.pool(today, seen, rule)
+        few = isinstance(today.now.size, Tensor) or today.now.size < 2
         if few and self.running_mean is not None and self.running_var is not None:
             # One value has no variance of its own: without history it is normalised by the running statistics.
-            alone = (share == 1) & (now.size < 2)
-            mean, var = torch.where(alone, self.running_mean, mean), torch.where(alone, self.running_var, var)
-            share = share * ~alone
-        pooled = Pooled(mean, var, share, None, None)
-        if self.gradient == "history":
-            mean_by_weight, var_by_weight, var_by_bias = history_gradient(past, carried, shares[1:], mean)
-            pooled = Pooled(mean, var, share, (mean_by_weight, var_by_weight), (shares[1:].sum(), var_by_bias))
-        return pooled, at[1]
+            alone = (pooled.share == 1) & (today.now.size < 2)
+            mean = torch.where(alone, self.running_mean, pooled.mean)
+            var = torch.where(alone, self.running_var, pooled.var)
+            pooled = Pooled(mean, var, pooled.share * ~alone)
+        return pooled, response, ok, new
 
-    @torch.no_grad()
-    def _push(self, history: History, batch: Batch, pooled: Pooled, at: Responses, examples: int | Tensor) -> None:
-        now = batch.now
-        sums = (now.mean + now.var + at.mean[:, 0] + at.var[:, 0]).sum()
-        if torch.compiler.is_compiling() and pooled.by_weight is not None and pooled.by_bias is not None:
-            # Needed by the forward too, or a compiler computes them after the history has changed, in the backward.
-            sums = sums + torch.stack([t.sum() for t in (*pooled.by_weight, *pooled.by_bias)]).sum()
-        ok = torch.isfinite(sums)
-        ok = first_run(ok & (now.size > 0) if isinstance(now.size, Tensor) else ok, repeatable=False)
-        history.push_(now, ok, at.mean[:, 0], at.var[:, 0], batch.patch, batch.covariance)
-        self.track_(now, examples, ok, total=not self.torch_running, momentum_batch=self.momentum_batch)
+    def new_history(self, channels: int, groups: int, k: int, like: Tensor) -> History:
+        """Of the layer's kind."""
+        if self.kind == "ring":
+            return Ring(self.window, channels, groups, k, like)
+        stored = torch.bfloat16 if self.storage == "bfloat16" else None
+        return Exponential(self.positions, stored, channels, groups, k, like)
 
 
 @dataclass(frozen=True)
@@ -252,6 +261,9 @@ class CBN(NormConfig):
 
     Args:
         window: batches pooled, the current one included.
+        kind: 'exponential' or 'ring', how the past is kept.
+        positions: of every batch, that the answer to the weights is read from; None: all.
+        storage: 'full' or 'bfloat16', of what is as large as the weights.
         gradient: 'history' or 'current'.
         compensate: carry past moments over to today's weights.
         pooling: 'samples' or 'equal'.
@@ -267,6 +279,9 @@ class CBN(NormConfig):
     layer: ClassVar[type[NormLayer]] = CrossIterationBatchNorm
 
     window: int = 8
+    kind: Literal["exponential", "ring"] = "exponential"
+    positions: int | None = 32
+    storage: Literal["full", "bfloat16"] = "full"
     gradient: Literal["history", "current"] = "history"
     compensate: bool = True
     pooling: Literal["samples", "equal"] = "samples"
@@ -283,6 +298,7 @@ class CBN(NormConfig):
         """Every switch as the paper and its released code have it (eps inside the root, as BatchNorm)."""
         return cls(
             window=window,
+            kind="ring",
             gradient="current",
             pooling="equal",
             expansion="second_moment",

@@ -1,93 +1,104 @@
-"""The history of a Cross-Iteration BatchNorm layer: one preallocated ring, on the device of its input.
+"""What a Cross-Iteration BatchNorm layer remembers of past batches, on the device of its input.
 
-Training state, like an optimizer's moments: neither parameter nor buffer. One slot of the ring is always free; a batch
-is written there and only a batch with finite moments moves the ring on, so a bad one costs no old entry, and nobody
-waits for the device to find out. Letters: T slots (= window), C channels, G groups, K values of a patch.
+Training state, like an optimizer's moments: neither parameter nor buffer. One kind of history a file; a batch whose
+moments are not finite leaves it as it was, and nobody waits for the device to find out.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.linear_map import LinearMap
 from ..core.moments import Moments, compute_dtype
-from ..core.pooled import Averages
-from ..core.taylor import Entries
+from ..core.pooled import Averages, Pooled, Response, Rule
+from ..core.ranks import Whole
 from ..errors import AnybatchError
-from .feed import FedLayer
+from .feed import FedLayer, Feed
 
-__all__ = ["History", "HistoryLayer"]
+__all__ = ["History", "HistoryLayer", "Today"]
 
-_FIELDS = ("count", "scalars", "patch", "covariance", "slot", "forwards", "reductions", "backwards")
+
+class Today(NamedTuple):
+    """A batch, as it meets the past."""
+
+    now: Moments  # over all ranks
+    rows: Tensor  # W (C, K), detached; K = 0 where nothing is compensated
+    bias: Tensor | None  # b (C,), detached
+    part: Tensor | None  # this rank's share of the values, if it has not all
+    used: Tensor | None  # a bool on the device, False: the past is not to be used yet
+    take: Tensor | None  # a bool on the device, False: the batch is not to be taken in
 
 
 class History:
-    """The last window - 1 batches of one norm behind one map, and the running averages of its two reductions.
+    """What one norm behind one map remembers, and the running averages of its two reductions.
 
-    State: count (T,), scalars (4, C, T): mean, var, mean_at, var_at of :class:`Entries`, patch (G, T, K),
-    covariance (C, T, K), slot (1,) int64: the free one, forwards () int64, reductions (2, C), backwards ().
+    State: ``fields``, among them forwards () int64, reductions (2, C), backwards ().
     """
 
-    @torch.inference_mode(False)  # a forward in inference mode must not make a ring that training cannot write
-    def __init__(self, window: int, channels: int, groups: int, k: int, like: Tensor) -> None:
-        zeros = like.new_zeros
-        self.count = zeros(window)
-        self.scalars = zeros(4, channels, window)
-        self.patch = zeros(groups, window, k)
-        self.covariance = zeros(channels, window, k)
-        self.slot = zeros(1, dtype=torch.int64)
-        self.forwards = zeros((), dtype=torch.int64)
-        self.reductions = zeros(2, channels)
-        self.backwards = zeros(())
+    fields: ClassVar[tuple[str, ...]] = ("forwards", "reductions", "backwards")
+    forwards: Tensor
+    reductions: Tensor
+    backwards: Tensor
 
-    def entries(self) -> Entries:
-        """The ring as the core reads it; empty slots have size 0."""
-        mean, var, mean_at, var_at = self.scalars.unbind(0)
-        return Entries(self.count, mean, var, mean_at, var_at, self.patch, self.covariance)
+    def start(self, channels: int, like: Tensor) -> None:
+        """Make the state that every kind has."""
+        self.forwards = like.new_zeros((), dtype=torch.int64)
+        self.reductions = like.new_zeros(2, channels)
+        self.backwards = like.new_zeros(())
 
-    def push_(self, now: Moments, ok: Tensor, mean_at: Tensor, var_at: Tensor, patch: Tensor, cov: Tensor) -> None:
-        """Write a batch into the free slot, and free the oldest if ``ok`` (a bool on the device)."""
-        # A free slot is multiplied by zero, so what it holds must be finite, squared too.
-        scalars = torch.stack([now.mean, now.var, mean_at, var_at])
-        self.scalars.index_copy_(2, self.slot, torch.where(ok, scalars, 0.0).unsqueeze(2))
-        if patch.numel():
-            self.patch.index_copy_(1, self.slot, torch.where(ok, patch, 0.0).unsqueeze(1))
-            self.covariance.index_copy_(1, self.slot, torch.where(ok, cov, 0.0).unsqueeze(1))
-        if isinstance(now.size, Tensor):  # index_fill_ would wait for its value
-            self.count.index_copy_(0, self.slot, now.size.to(self.count.dtype).view(1))
-        else:
-            self.count.index_fill_(0, self.slot, float(now.size))
-        self.slot.add_(ok).remainder_(self.count.shape[0])
-        self.count.index_fill_(0, self.slot, 0.0)
-        self.forwards.add_(ok)
+    @abstractmethod
+    def observe(self, y: Tensor, own: Moments, whole: Whole, feed: Feed | None) -> Any:
+        """What the map's outputs y (N, C, *) and inputs say of the moments' answer to the weights.
+
+        Args:
+            y: this rank's part of the batch, detached.
+            own: its moments.
+            whole: those of all ranks.
+            feed: the map's run; None where nothing is compensated.
+        """
+
+    @abstractmethod
+    def pool(self, today: Today, seen: Any, rule: Rule) -> tuple[Pooled, Response | None, Tensor, Any]:
+        """What to normalise by, the map's answer, whether the batch is finite, and what to :meth:`push_`."""
+
+    @abstractmethod
+    def push_(self, today: Today, ok: Tensor, new: Any) -> None:
+        """Take the batch in, if ``ok``."""
 
     def tensors(self) -> list[Tensor]:
         """All there is."""
-        return [getattr(self, field) for field in _FIELDS]
+        return [getattr(self, field) for field in self.fields]
 
     def like(self, tensor: Tensor) -> "History":
         """Move to the device and dtype that a batch's statistics have, if they are others."""
-        if self.count.device != tensor.device or self.count.dtype != tensor.dtype:
-            for field in _FIELDS:
+        before = self.backwards.dtype
+        if self.backwards.device != tensor.device or before != tensor.dtype:
+            for field in self.fields:  # what is counted or stored in another dtype than the statistics stays so
                 old = getattr(self, field)
-                setattr(self, field, old.to(tensor.device, tensor.dtype if old.is_floating_point() else None))
+                setattr(self, field, old.to(tensor.device, tensor.dtype if old.dtype == before else None))
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the tensors by name."""
-        return {field: getattr(self, field).clone() for field in _FIELDS}
+        return {field: getattr(self, field).clone() for field in self.fields}
 
     def take(self, state: Any, where: str) -> "History":
         """Fill this fresh history with what :meth:`state_dict` gave.
 
         Raises:
-            AnybatchError: a tensor is missing, of another shape or kind, or the free slot is not in the ring.
+            AnybatchError: a tensor is missing, of another shape or kind, or holds what cannot be.
         """
         if not isinstance(state, Mapping):
             raise AnybatchError(f"history of {where}: a {type(state).__name__} is no history; save it anew")
-        for field in _FIELDS:
+        if set(state) != set(self.fields) and all(isinstance(t, Tensor) for t in state.values()):
+            raise AnybatchError(
+                f"history of {where}: it has {', '.join(sorted(state))} and the layer keeps "
+                f"{', '.join(sorted(self.fields))}; convert the model with the config (kind=...) it was saved with"
+            )
+        for field in self.fields:
             mine, saved = getattr(self, field), state.get(field)
             if not isinstance(saved, Tensor):
                 raise AnybatchError(f"history of {where}: no tensor {field!r} in it; save it anew")
@@ -96,14 +107,12 @@ class History:
                     f"history of {where}: {field!r} is {saved.dtype} of shape {tuple(saved.shape)} and the layer's has "
                     f"shape {tuple(mine.shape)}; convert the model with the config it was saved with"
                 )
-            setattr(self, field, saved.to(mine.device, copy=True))
-        if not 0 <= int(self.slot) < len(self.count):
-            raise AnybatchError(f"history of {where}: slot {int(self.slot)} of {len(self.count)}; save it anew")
+            setattr(self, field, saved.to(mine.device, mine.dtype, copy=True))
         return self
 
 
 class HistoryLayer(FedLayer):
-    """A norm layer that keeps the last ``window`` batches, one history a followed map."""
+    """A norm layer that remembers past batches, one history a followed map."""
 
     window: int
     compensate: bool
@@ -112,7 +121,7 @@ class HistoryLayer(FedLayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # By the index of the followed map (-1: none): the entries of one map say nothing about another's.
+        # By the index of the followed map (-1: none): the batches of one map say nothing about another's.
         self.histories: dict[int, History] = {}
 
     @property
@@ -176,14 +185,18 @@ class HistoryLayer(FedLayer):
             histories[int(key)] = self._fresh(int(key)).take(saved, where)
         return histories
 
+    @abstractmethod
+    def new_history(self, channels: int, groups: int, k: int, like: Tensor) -> History:
+        """An empty history, of the dtype and on the device of ``like``; k = 0 where nothing is compensated."""
+
     def _fresh(self, index: int) -> History:
         """An empty history for a map (-1: none), on the layer's device."""
         own = next(iter((*self.parameters(), *self.buffers())), torch.empty(0))
         like = torch.empty(0, device=own.device, dtype=compute_dtype(own.dtype))
         if index < 0 or not self.compensates:
-            return History(self.window, self.num_features, 1, 0, like)
+            return self.new_history(self.num_features, 1, 0, like)
         link = self._links[index]
         geometry = LinearMap.of(link.map)
         assert geometry is not None  # follows() has seen to it
         channels, k = link.rows
-        return History(self.window, channels, geometry.groups, k, like)
+        return self.new_history(channels, geometry.groups, k, like)

@@ -90,11 +90,15 @@ class Replay:
         """Note a backward through the norm."""
         self._backwards += 1
 
+    def tidy(self) -> None:
+        """Forget what was repeated."""
+        self._runs = [run for run in self._runs if not run.repeated]
+
     def remember(self, mean: Tensor, index: int, pooled: Any) -> None:
         """Keep a first run, if a checkpoint may be what runs it (no gradients, or hooks on what autograd saves)."""
         if torch.compiler.is_compiling():
             return
-        self._runs = [run for run in self._runs if not run.repeated]
+        self.tidy()
         checkpointed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         if checkpointed or not torch.is_grad_enabled():
             self._runs.append(_FirstRun(mean, index, pooled, self._backwards))

@@ -1,0 +1,145 @@
+"""What a batch says of its map y = W p + b, from some of its output positions or from all.
+
+    covariance = E[(y - E[y]) (p - E[p])],   patch = E[p]
+
+over S positions: the batch, N examples of L positions, is cut into S stretches of N L / S positions, and one is taken
+from each, at a place that changes from batch to batch (multiples of the golden ratio, which fill the stretch evenly).
+Where one has S positions and W, <covariance, W> is the variance of y at just these, and <patch, W> + b their mean.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .affine import per_channel
+from .linear_map import LinearMap
+from .moments import channel_mean, moments
+from .pooled import spread
+from .tensors import at_hand
+
+__all__ = ["Seen", "everywhere", "nothing", "positions", "sampled"]
+
+_GOLDEN = 2654435769  # 2^32 / golden ratio
+_BITS = 16
+_PERIOD = 32  # batches, after which the places come again
+
+
+class Seen(NamedTuple):
+    """Moments of outputs and patches together, over some positions."""
+
+    offset: Tensor  # (C,) their mean output less a reference
+    spread: Tensor  # (C,) the variance of their outputs
+    patch: Tensor  # (G, K)
+    left: Tensor  # (S, C), right: (S, G, K); sum_s left_s right_s is the covariance
+    right: Tensor
+    covariance: Tensor | None = None  # (C, K) itself, in their place
+
+
+class _Places(NamedTuple):
+    outputs: list[Tensor]  # indices of examples and coordinates, (S,)
+    inputs: list[Tensor]  # and of the patches, see LinearMap.reading
+    outside: Tensor | None
+
+
+def positions(examples: int, size: tuple[int, ...], samples: int, number: Tensor) -> Tensor:
+    """Examples and coordinates (1 + dimensions, S) of at most ``samples`` output positions, of batches ``number``.
+
+    Args:
+        examples: of a batch, N.
+        size: spatial, of its outputs.
+        samples: S, at most.
+        number: of the batch, () int64, or (B, 1) of several: then there are B S.
+    """
+    every = examples * math.prod(size)
+    if samples < every:
+        index = torch.arange(samples, device=number.device)
+        place = ((number * samples + index) * _GOLDEN % (1 << 32)) >> (32 - _BITS)
+        at = ((index << _BITS) + place) * every // (samples << _BITS)
+    else:
+        at = torch.arange(every, device=number.device) + 0 * number
+    at = at.flatten()
+    found = []
+    for length in reversed(size):
+        found.append(at % length)
+        at = at // length
+    return torch.stack([at, *reversed(found)])
+
+
+def _places(
+    geometry: LinearMap, examples: int, inputs: tuple[int, ...], outputs: tuple[int, ...], samples: int, number: Tensor
+) -> _Places:
+    at = positions(examples, outputs, samples, number).unbind()
+    return _Places(list(at), *geometry.reading(inputs, outputs, at))
+
+
+# What is cached must serve training too.
+@lru_cache(maxsize=512)
+@torch.inference_mode(False)
+def _places_of_period(
+    geometry: LinearMap,
+    examples: int,
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    samples: int,
+    device: torch.device,
+) -> _Places:
+    """Those of a whole period, in one more dimension before the others."""
+    every = torch.arange(_PERIOD, device=device).unsqueeze(1)
+    of_outputs, of_inputs, outside = _places(geometry, examples, inputs, outputs, samples, every)
+    apart = [t.view(_PERIOD, -1, *t.shape[1:]) for t in (*of_outputs, *of_inputs)]
+    n = len(of_outputs)
+    return _Places(apart[:n], apart[n:], None if outside is None else outside.view(_PERIOD, -1, *outside.shape[1:]))
+
+
+def _find(x: Tensor, y: Tensor, geometry: LinearMap, samples: int, number: Tensor) -> _Places:
+    sizes = geometry, len(y), tuple(x.shape[2:]) if geometry.kernel else (), tuple(y.shape[2:]), samples
+    number = number % _PERIOD
+    if torch.compiler.is_compiling():
+        return _places(*sizes, number)
+    outputs, inputs, outside = _places_of_period(*sizes, number.device)
+    i = int(number) if at_hand(number) else number.view(1)
+
+    def of(t: Tensor) -> Tensor:
+        return t[i] if isinstance(i, int) else t.index_select(0, i).squeeze(0)
+
+    return _Places([of(t) for t in outputs], [of(t) for t in inputs], None if outside is None else of(outside))
+
+
+def sampled(x: Tensor, y: Tensor, reference: Tensor, geometry: LinearMap, samples: int, number: Tensor) -> Seen:
+    """From at most ``samples`` positions of y (N, C, *) and the map's input x.
+
+    Args:
+        x: the map's input.
+        y: its output.
+        reference: (C,) that outputs are taken relative to: their mean, so that little is lost at large means.
+        geometry: of the map.
+        samples: S.
+        number: of the batch, () int64.
+    """
+    (first, *others), inputs, outside = _find(x, y, geometry, samples, number)
+    outputs = torch.ops.aten.index(y, [first, None, *others]).to(reference.dtype) - reference
+    patches = geometry.patches(x, inputs, outside).to(reference.dtype)
+    now = moments(outputs)
+    patch = patches.mean(0)
+    left = (outputs - now.mean) / len(outputs)
+    return Seen(now.mean, now.var, patch, left, patches - patch)
+
+
+def everywhere(x: Tensor, y: Tensor, mean: Tensor, var: Tensor, geometry: LinearMap, weight: Tensor) -> Seen:
+    """From all positions of y (N, C, *), whose moments are ``mean`` and ``var``: a weight gradient of the map."""
+    patch = geometry.mean_patch(x, tuple(y.shape[2:])).to(mean.dtype)
+    # The rounded mean is not quite the mean, and at a mean of 1e4 what is left would drown the covariance.
+    centred = y.to(mean.dtype) - per_channel(mean, y)
+    covariance = geometry.covariance(x, centred, weight).to(mean.dtype)
+    covariance -= spread(patch, channel_mean(centred))
+    none = nothing(patch, len(mean))
+    return none._replace(spread=var, patch=patch, covariance=covariance)
+
+
+def nothing(patch: Tensor, channels: int) -> Seen:
+    """Of an empty batch, or where there is no map to speak of: ``patch`` (G, K) gives the shapes."""
+    zeros, (groups, k) = patch.new_zeros(channels), patch.shape
+    return Seen(zeros, zeros, torch.zeros_like(patch), patch.new_zeros(0, channels), patch.new_zeros(0, groups, k))
