@@ -42,7 +42,7 @@ from .exponential import Exponential
 from .feed import Feed
 from .history import History, HistoryLayer, Today
 from .options import check_choice, check_flag, check_whole
-from .replay import first_run, once
+from .replay import first_run, kept, once
 from .ring import Ring
 
 __all__ = ["CBN", "CrossIterationBatchNorm"]
@@ -245,7 +245,15 @@ class CrossIterationBatchNorm(HistoryLayer):
             mean = torch.where(alone, self.running_mean, pooled.mean)
             var = torch.where(alone, self.running_var, pooled.var)
             pooled = Pooled(mean, var, pooled.share * ~alone)
-        return pooled, response, ok, new
+        if not is_compiling():
+            return pooled, response, ok, new
+        if response is None:
+            return Pooled(*kept(*pooled)), None, ok, new
+        patches, covariance, *rest = response
+        own = covariance if len(covariance) == 1 else None
+        mean, var, share, patches, own, *rest = kept(*pooled, patches, own, *rest)
+        response = Response(patches, covariance if own is None else own, *rest)
+        return Pooled(mean, var, share), response, ok, new
 
     def new_history(self, channels: int, groups: int, k: int, like: Tensor) -> History:
         """Of the layer's kind."""
