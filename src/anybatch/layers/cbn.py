@@ -216,7 +216,7 @@ class CrossIterationBatchNorm(HistoryLayer):
         bias = None if feed.bias is None else feed.bias.to(dtype)
         return Map(feed.geometry.rows(feed.weight).to(dtype), bias)
 
-    @torch.no_grad()
+    # once() needs gradients enabled: a checkpoint without them marks nothing. Here is nothing that has any.
     def _first(
         self, y: Tensor, own: Moments, whole: Whole, map: Map, feed: Feed | None, history: History
     ) -> tuple[Pooled, Response | None]:
@@ -235,6 +235,7 @@ class CrossIterationBatchNorm(HistoryLayer):
         self.track_(now, whole.examples, ok, total=not self.torch_running, momentum_batch=self.momentum_batch)
         return pooled, response
 
+    @torch.no_grad()
     def _pool(self, history: History, today: Today, seen: Any) -> tuple[Pooled, Response | None, Tensor, Any]:
         rule = Rule(self.window, self.pooling == "samples", self.second_moment, self.gradient == "history", self.group)
         pooled, response, ok, new = history.pool(today, seen, rule)
