@@ -17,8 +17,8 @@ Today's batch, with share s = n / (lambda C + n), then makes with d = mean(W) - 
     mean = mean_t + (1 - s) d,    var = (1 - s) var(W) + s (var_t + (1 - s) d^2)
 
 and P, D, mean_at, var_at likewise of the positions. While weights stand still this is BatchNorm on the batches'
-weighted concatenation. 'second_moment' is, floor aside, the sum over batches of what core/taylor.py makes of each, with these
-shares; 'deviation' expands the pooled deviation where that one expands each batch's.
+weighted concatenation. 'second_moment' is, floor aside, the sum over batches of what core/taylor.py makes of each, with
+these shares; 'deviation' expands the pooled deviation where that one expands each batch's.
 
 Mean and variance are true moments; the positions say only how these change. In 'deviation' both are blind to the scale
 of W whatever positions were seen: <dvar/dW, W> = 2 var(W) and <dmean/dW, W> = mean(W) - b, exactly, by
@@ -218,8 +218,13 @@ def _renew(
 ) -> Tensor:
     """Keep * covariance + sum_s left_s right_s + whole."""
     same = covariance.dtype == left.dtype
-    new = covariance.mul_(keep) if in_place and same else covariance.to(left.dtype) * keep
-    add_spread_(new, left, right)
+    if not (in_place and same):
+        new = covariance.to(left.dtype) * keep
+        add_spread_(new, left, right)
+    elif at_hand(keep) and len(right[0]) == 1:
+        new = covariance.addmm_(left.t(), right.squeeze(1), beta=keep.item())
+    else:
+        new = add_spread_(covariance.mul_(keep), left, right)
     if whole is not None:
         new += whole
     if same:

@@ -75,6 +75,10 @@ class LinearMap:
         per_group = weight.view(self.groups, -1, *weight.shape[1:]).transpose(1, 2)  # (G, C/G, C_in/G, *kernel)
         return per_group.flatten(0, 1).flatten(1)
 
+    def plain_rows(self, weight: Tensor) -> Tensor:
+        """The weight itself where flattening gives its rows, else the rows: a gradient of its shape is added in place."""
+        return self.rows(weight) if self.transposed else weight
+
     def rows_shape(self, weight: Tensor) -> tuple[int, int]:
         """(C, K), read from the shape of the weight alone."""
         first, *rest = weight.shape

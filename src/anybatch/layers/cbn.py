@@ -11,7 +11,7 @@ The norm after a linear map y = W p + b, at weights W_t, over a window of k batc
 s_tau by sample count ('samples': still weights make this BatchNorm on the window's concatenation) or 1/k ('equal', the
 paper's). 'exponential' (core/exponential.py): all past batches in the memory of one, with shares that fall by
 (k - 1) / (k + 1) a batch, so that as much is averaged over; it costs the same whatever k is. Its answer to the weights
-is read from some ``positions`` of every batch. Evaluation is BatchNorm on the running statistics, and folds into the map.
+is read from some ``positions`` of every batch. Evaluation is BatchNorm on the running statistics, so it folds.
 
 Backward (core/pooled.py): 'current', the paper's, holds the history constant. 'history' lets the loss flow through the
 carried moments into W, which makes it blind to the scale of W again: <dL/dW, W> = 0 up to eps, as BatchNorm has it. For
@@ -214,7 +214,7 @@ class CrossIterationBatchNorm(HistoryLayer):
         if feed is None or not self.compensates:
             return Map(own.mean.new_zeros(self.num_features, 0), None)
         bias = None if feed.bias is None else feed.bias.to(dtype)
-        return Map(feed.geometry.rows(feed.weight).to(dtype), bias)
+        return Map(feed.geometry.plain_rows(feed.weight).to(dtype), bias)
 
     @torch.no_grad()
     def _first(
@@ -224,7 +224,7 @@ class CrossIterationBatchNorm(HistoryLayer):
         now = whole.now
         today = Today(
             now,
-            map.rows.detach(),
+            map.rows.detach().flatten(1),
             None if map.bias is None else map.bias.detach(),
             whole.share,
             history.forwards >= self.burn_in_steps if self.burn_in_steps else None,
