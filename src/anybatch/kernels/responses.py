@@ -38,7 +38,14 @@ def responses_of_all(
     together = defaultdict(list)
     for i, layer in enumerate(zip(weights, covariances, patches, strict=True)):
         w, d, p = layer
-        if w.dim() != 2 or d.shape != w.shape or p.dim() != 2 or p.shape[1] != w.shape[1] or len(w) % max(len(p), 1):
+        if (
+            w.dim() != 2
+            or d.shape != w.shape
+            or p.dim() != 2
+            or p.shape[1] != w.shape[1]
+            or not len(p)
+            or len(w) % len(p)
+        ):
             shapes = f"W {tuple(w.shape)}, D {tuple(d.shape)}, P {tuple(p.shape)}"
             raise AnybatchError(
                 f"responses_of_all: layer {i} has {shapes}; give (C, K), (C, K), (G, K), G a part of C."
@@ -61,6 +68,6 @@ def _responses(weight: Tensor, covariance: Tensor, patch: Tensor) -> Tensor:
     """The reference: one layer, one product after the other."""
     dtype = compute_dtype(weight.dtype)
     weight, covariance, patch = (t.detach().to(dtype) for t in (weight, covariance, patch))
-    by_group = weight.view(len(patch), -1, weight.shape[1])
+    by_group = weight.unflatten(0, (len(patch), -1))
     by_patch = torch.linalg.vecdot(by_group, patch.unsqueeze(1)).flatten()
     return torch.stack([by_patch, torch.linalg.vecdot(weight, covariance)], 1)
