@@ -68,6 +68,6 @@ def _responses(weight: Tensor, covariance: Tensor, patch: Tensor) -> Tensor:
     """The reference: one layer, one product after the other."""
     dtype = compute_dtype(weight.dtype)
     weight, covariance, patch = (t.detach().to(dtype) for t in (weight, covariance, patch))
-    by_group = weight.unflatten(0, (len(patch), -1))
+    by_group = weight.reshape(len(patch), -1, weight.shape[1])
     by_patch = torch.linalg.vecdot(by_group, patch.unsqueeze(1)).flatten()
     return torch.stack([by_patch, torch.linalg.vecdot(weight, covariance)], 1)
