@@ -166,16 +166,26 @@ def test_on_the_gpu(name: str) -> None:
         torch.testing.assert_close(responses_of_all(*[[t] for t in layer])[0].cpu().double(), right, **REORDERED)
 
 
-def test_reference_on_cpu_and_by_name() -> None:
+def test_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     y = torch.randn(2, 3, 4)
     assert choose(y) == "reference"
     assert choosing.passes_for(y) is REFERENCE
     with kernels.use("triton"):
+        with pytest.raises(ab.AnybatchError, match=r"'triton'.*on cpu"):
+            choose(y)
+        monkeypatch.setattr(choosing, "_INTERPRETED", True)
         assert choose(y) == "triton"
+        assert choose(y.double()) == choose(y[:0]) == "reference"
         with kernels.use("reference"):
             assert choose(y) == "reference"
         assert choose(y) == "triton"
     assert choose(y) == "reference"
+
+
+def test_triton_is_not_imported_before_it_is_used() -> None:
+    code = "import sys, torch; had = 'triton' in sys.modules; import anybatch; assert ('triton' in sys.modules) == had"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_chosen_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

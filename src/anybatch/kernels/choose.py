@@ -8,6 +8,7 @@
 Not measured on a GPU yet: the order is what the bytes that each moves say.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ __all__ = ["IMPLEMENTATIONS", "choose", "passes_for", "responses_by_triton", "us
 IMPLEMENTATIONS = ("auto", "reference", "aten", "triton")
 _FUSED = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON = find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then its kernels run on CPU
 
 # A global and not a context variable: a backward runs in another thread than its forward.
 _forced = "auto"
@@ -31,12 +33,19 @@ _passes = {"reference": REFERENCE, "aten": ATEN}
 
 
 def choose(y: Tensor) -> str:
-    """The implementation that normalises ``y`` (N, C, *): "reference", "aten" or "triton"."""
+    """The implementation that normalises ``y`` (N, C, *): "reference", "aten" or "triton".
+
+    Raises:
+        AnybatchError: :func:`use` has asked for one that does not run on the device of ``y``.
+    """
+    if _forced == "reference" or (_forced == "auto" and (torch.compiler.is_compiling() or not y.is_cuda)):
+        return "reference"
+    if not y.is_cuda and not (_forced == "triton" and _INTERPRETED):
+        raise AnybatchError(f"kernels.use({_forced!r}): got a tensor on {y.device}; give 'auto', or one on CUDA.")
+    if y.dtype not in _FUSED or not 0 < y.numel() < 2**30 or not _plain(y):  # the kernels count in 32 bits
+        return "reference"
     if _forced != "auto":
         return _forced
-    small = 0 < y.numel() < 2**30  # the kernels count in 32 bits
-    if torch.compiler.is_compiling() or not (y.is_cuda and _plain(y) and small and y.dtype in _FUSED):
-        return "reference"
     return "triton" if _TRITON else "aten"
 
 
@@ -60,15 +69,16 @@ def passes_for(y: Tensor) -> Passes:
 def responses_by_triton(weight: Tensor, covariance: Tensor, patch: Tensor) -> bool:
     """Whether these responses are Triton's to compute: it reads rows that are contiguous, from one device."""
     layer = (weight, covariance, patch)
-    if _forced in ("reference", "aten") or not all(_readable(t) for t in layer):
+    if _forced in ("reference", "aten") or not all(_readable(t) and t.device == weight.device for t in layer):
         return False
-    on_gpu = weight.is_cuda and _TRITON and all(t.device == weight.device for t in layer)
-    return _forced == "triton" or on_gpu
+    return (weight.is_cuda and _TRITON) or (_forced == "triton" and _INTERPRETED)
 
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Let every layer use one implementation, to compare or to rule one out: "auto" for what suits the tensor.
+    """Let every layer use one implementation, to compare or to rule one out; "auto" leaves it to the tensor.
+
+    What no kernel is made for, such as float64 and empty batches, still goes to the reference.
 
     Raises:
         AnybatchError: there is no such implementation, or it does not run here.
