@@ -39,7 +39,7 @@ from .pooled import Pooled, Response, Rule, add_spread_
 from .ranks import total
 from .sampling import Seen
 from .taylor import by_patch
-from .tensors import at_hand
+from .tensors import at_hand, finite
 
 __all__ = ["Past", "advance"]
 
@@ -75,7 +75,7 @@ def advance(
     part: Tensor | None = None,
     take: Tensor | None = None,
     in_place: bool = False,
-) -> tuple[Pooled, Response | None, Past, Tensor]:
+) -> tuple[Pooled, Response | None, Past, Tensor | bool]:
     """Pool a batch with the past.
 
     Args:
@@ -96,33 +96,34 @@ def advance(
     """
     n = now.size if rule.by_count else (now.size.sign() if isinstance(now.size, Tensor) else 1)
     size = past.size * ((rule.window - 1) / (rule.window + 1)) + n
-    s = n / size.clamp_min(1)
+    share = n / size.clamp_min(1)
+    s = share.item() if at_hand(share) else share
     keep = 1 - s
     carried, offset, scatter = _carry(past, seen, rows, bias, part, rule)
     today = torch.stack([now.mean, now.mean + offset])
     means, variances = blend(carried.means, carried.variances, today, torch.stack([now.var, scatter]), s)
-    pooled = Pooled(means[0], variances[0], s)
+    pooled = Pooled(means[0], variances[0], share)
     if used is not None:
-        alone = (now.mean, now.var, torch.ones_like(s))
+        alone = (now.mean, now.var, torch.ones_like(share))
         pooled = Pooled(*(torch.where(used, p, a) for p, a in zip(pooled, alone, strict=True)))
     apart = (today[1] - carried.means[1]) * keep
     lean = None if part is None else seen.offset - offset
     through = float(rule.gradient) if used is None else used * float(rule.gradient)
-    by = _answers(carried, now, s, through, apart, lean, offset, scatter, means, variances)
-
+    mapped = bool(past.covariance.numel())
+    by = _answers(carried, now, s, through, apart, lean, offset, scatter, means, variances) if mapped else None
     # A compiler computes in the backward, from a past that has moved on, what the forward has no need of.
-    ok = torch.isfinite(means.sum() + variances.sum() + by.sum() + seen.patch.sum())
+    ok = finite(means + variances if by is None else by)
     if isinstance(now.size, Tensor):
-        ok = ok & (now.size > 0)
+        ok = bool(now.size > 0) and ok if isinstance(ok, bool) else ok & (now.size > 0)
     if take is not None:
         ok = ok & take
-    if at_hand(ok) and not ok:
+    if ok is False:
         new = past
     else:
         patch = past.patch.lerp(seen.patch if part is None else seen.patch * part, s)
         size, means, variances, patch = _where(ok, (size, means, variances, patch), past)
         new = Past(size, means, variances, patch, past.covariance)
-    if not past.covariance.numel():
+    if by is None:
         return pooled, None, new, ok
     left = seen.left if part is None else seen.left * part
     patches = torch.stack([past.patch, seen.patch if part is None else seen.patch * part])
@@ -176,7 +177,7 @@ def _carry(
 def _answers(
     carried: _Carried,
     now: Moments,
-    s: Tensor,
+    s: Tensor | float,
     through: Tensor | float,
     apart: Tensor,
     lean: Tensor | None,
@@ -206,23 +207,23 @@ def _answers(
     return torch.stack(rows).view(5, 4, -1)
 
 
-def _where(ok: Tensor, new: Sequence[Any], old: Iterable[Tensor | float]) -> Sequence[Any]:
-    """``new`` if ``ok``, else ``old``; where that is at hand it is true here. None stays None."""
-    if at_hand(ok):
+def _where(ok: Tensor | bool, new: Sequence[Any], old: Iterable[Tensor | float]) -> Sequence[Any]:
+    """``new`` if ``ok``, else ``old``; a mere bool is true here. None stays None."""
+    if isinstance(ok, bool):
         return new
     return [None if a is None else torch.where(ok, a, b) for a, b in zip(new, old, strict=False)]
 
 
 def _renew(
-    covariance: Tensor, keep: Tensor, left: Tensor, right: Tensor, whole: Tensor | None, in_place: bool
+    covariance: Tensor, keep: Tensor | float, left: Tensor, right: Tensor, whole: Tensor | None, in_place: bool
 ) -> Tensor:
     """Keep * covariance + sum_s left_s right_s + whole."""
     same = covariance.dtype == left.dtype
     if not (in_place and same):
         new = covariance.to(left.dtype) * keep
         add_spread_(new, left, right)
-    elif at_hand(keep) and len(right[0]) == 1:
-        new = covariance.addmm_(left.t(), right.squeeze(1), beta=keep.item())
+    elif isinstance(keep, float) and len(right[0]) == 1:
+        new = covariance.addmm_(left.t(), right.squeeze(1), beta=keep)
     else:
         new = add_spread_(covariance.mul_(keep), left, right)
     if whole is not None:

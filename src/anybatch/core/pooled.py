@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from .affine import normalise, reduce, through_moments
 from .moments import Moments
 from .ranks import Group, rank_count, total
-from .tensors import at_hand
+from .tensors import finite
 
 __all__ = ["Averages", "Map", "Pooled", "Response", "Rule", "add_spread_", "normalise_pooled", "spread"]
 
@@ -136,13 +136,13 @@ def average_(averages: Averages, new: Tensor) -> Tensor:
     kept, backwards, over, scale = averages
     if scale is not None:
         new = new / scale
-    ok = torch.isfinite(new.sum())
+    ok = finite(new)
     backwards.add_(ok)
-    if not at_hand(ok):
+    if isinstance(ok, Tensor):
         kept.add_(torch.where(ok, new - kept, 0.0) / backwards.clamp(1, over))
     elif ok:
         kept.lerp_(new, 1 / min(backwards.item(), over))
-    return kept.clone() if scale is None else kept * scale
+    return kept if scale is None else kept * scale
 
 
 class _NormalisePooled(torch.autograd.Function):

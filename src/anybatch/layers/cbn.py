@@ -187,21 +187,23 @@ class CrossIterationBatchNorm(HistoryLayer):
         """:meth:`normalise` with other affine parameters than the layer's."""
         index, feed = self.take_feed(y)
         size = self.examples_per_group or len(y)
+        if len(y) <= size:
+            return self._part(y, index, feed, weight, bias)
         parts = [
             self._part(part, index, feed and feed._replace(x=feed.x[i * size : (i + 1) * size]), weight, bias)
-            for i, part in enumerate(torch.split(y, size) if len(y) > size else [y])
+            for i, part in enumerate(torch.split(y, size))
         ]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return torch.cat(parts)
 
     def _part(self, y: Tensor, index: int, feed: Feed | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         own = moments(y.detach())
         whole = pool_ranks(*own, len(y), self.group)
-        now, map = whole.now, self._map(feed, own)
+        now, map = (own if self.group is None else whole.now), self._map(feed, own)
         history = self.history_of(index).like(now.mean)
         found = self._replay.recall(now.mean, index) if self._replay.is_second_run() else None
         if found is None:
             self._replay.tidy()
-            found = self._first(y.detach(), own, whole, map, feed if self.compensates else None, history)
+            found = self._first(y.detach(), own, now, whole, map, feed if self.compensates else None, history)
             self._replay.remember(now.mean, index, found)
         pooled, response = found
         averages = self.averages(history) if self.average_reductions and response is not None else None
@@ -218,10 +220,9 @@ class CrossIterationBatchNorm(HistoryLayer):
 
     @torch.no_grad()
     def _first(
-        self, y: Tensor, own: Moments, whole: Whole, map: Map, feed: Feed | None, history: History
+        self, y: Tensor, own: Moments, now: Moments, whole: Whole, map: Map, feed: Feed | None, history: History
     ) -> tuple[Pooled, Response | None]:
         """What to normalise a batch by that is seen for the first time; it goes into history and statistics."""
-        now = whole.now
         today = Today(
             now,
             map.rows.detach().flatten(1),
@@ -230,12 +231,12 @@ class CrossIterationBatchNorm(HistoryLayer):
             history.forwards >= self.burn_in_steps if self.burn_in_steps else None,
             first_run(now.mean.new_ones((), dtype=torch.bool), repeatable=False) if is_compiling() else None,
         )
-        pooled, response, ok, new = once(self._pool, history, today, history.observe(y, own, whole, feed))
+        pooled, response, ok, new = once(self._pool, history, today, history.observe(y, own, now, whole, feed))
         history.push_(today, ok, new)
         self.track_(now, whole.examples, ok, total=not self.torch_running, momentum_batch=self.momentum_batch)
         return pooled, response
 
-    def _pool(self, history: History, today: Today, seen: Any) -> tuple[Pooled, Response | None, Tensor, Any]:
+    def _pool(self, history: History, today: Today, seen: Any) -> tuple[Pooled, Response | None, Tensor | bool, Any]:
         rule = Rule(self.window, self.pooling == "samples", self.second_moment, self.gradient == "history", self.group)
         pooled, response, ok, new = history.pool(today, seen, rule)
         few = isinstance(today.now.size, Tensor) or today.now.size < 2
