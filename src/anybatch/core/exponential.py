@@ -1,8 +1,8 @@
 """Moments pooled over all past batches with exponentially falling shares, in the memory of one.
 
-Batch t, of n_t values a channel, counts c_t = n_t lambda^(now - t), lambda = (k - 1) / (k + 1): for batches of one size
-(sum c)^2 / sum c^2 = k, as k equal shares have it. Of the past are kept C = sum c, its mean and variance (spread
-between batches included) and, over the positions that were looked at (core/sampling.py),
+Batch t, of n_t values a channel, counts c_t = n_t lambda^(now - t), lambda = 1 - 1/k: of batches of one size the newest
+has the share 1/k, as in a window of k. Of the past are kept C = sum c, its mean and variance (spread between batches
+included) and, over the positions that were looked at (core/sampling.py),
 
     P = E[p],   mean_at = <P, W_t> + b_t,   D = E[(y - E[y]) (p - E[p])],   var_at = <D, W_t>
 
@@ -95,7 +95,7 @@ def advance(
         was if the batch's moments are not finite; and whether they are.
     """
     n = now.size if rule.by_count else (now.size.sign() if isinstance(now.size, Tensor) else 1)
-    size = past.size * ((rule.window - 1) / (rule.window + 1)) + n
+    size = past.size * (1 - 1 / rule.window) + n
     share = n / size.clamp_min(1)
     s = share.item() if at_hand(share) else share
     keep = 1 - s

@@ -10,8 +10,8 @@ The norm after a linear map y = W p + b, at weights W_t, over a window of k batc
 ``kind`` 'ring', the paper's (core/taylor.py): the last k - 1 batches, each kept with its answer to the weights; shares
 s_tau by sample count ('samples': still weights make this BatchNorm on the window's concatenation) or 1/k ('equal', the
 paper's). 'exponential' (core/exponential.py): all past batches in the memory of one, with shares that fall by
-(k - 1) / (k + 1) a batch, so that as much is averaged over; it costs the same whatever k is. Its answer to the weights
-is read from some ``positions`` of every batch. Evaluation is BatchNorm on the running statistics, so it folds.
+1 - 1/k a batch, so that the newest has 1/k here too; it costs the same whatever k is. Its answer to the weights is
+read from some ``positions`` of every batch. Evaluation is BatchNorm on the running statistics, so it folds.
 
 Backward (core/pooled.py): 'current', the paper's, holds the history constant. 'history' lets the loss flow through the
 carried moments into W, which makes it blind to the scale of W again: <dL/dW, W> = 0 up to eps, as BatchNorm has it. For
@@ -118,7 +118,7 @@ class CrossIterationBatchNorm(HistoryLayer):
         bias: bool = True,
         alpha: float = 0.0,
         kind: Literal["exponential", "ring"] = "exponential",
-        positions: int | None = 32,
+        positions: int | None = 16,
         storage: Literal["full", "bfloat16"] = "full",
         gradient: Literal["history", "current"] = "history",
         compensate: bool = True,
@@ -281,7 +281,7 @@ class CBN(NormConfig):
 
     window: int = 8
     kind: Literal["exponential", "ring"] = "exponential"
-    positions: int | None = 32
+    positions: int | None = 16
     storage: Literal["full", "bfloat16"] = "full"
     gradient: Literal["history", "current"] = "history"
     compensate: bool = True
