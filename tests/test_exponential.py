@@ -42,7 +42,7 @@ def test_outputs_and_every_gradient(
     with torch.no_grad():
         norm.weight.normal_(), norm.bias.normal_()
     by_hand = oracle.Exponential(
-        3 / 5, second_moment=expansion == "second_moment", equal=pooling == "equal", detach=gradient == "current"
+        3 / 4, second_moment=expansion == "second_moment", equal=pooling == "equal", detach=gradient == "current"
     )
     for number, n in enumerate((3, 2, 5, 4, 3)):
         x = (torch.randn(n, *shape, dtype=D) + 0.7).requires_grad_()

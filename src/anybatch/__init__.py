@@ -1,5 +1,6 @@
 """Normalization that keeps its accuracy at any batch size, for PyTorch."""
 
+from . import kernels as kernels
 from . import nn as nn
 from .convert import Report as Report
 from .convert import convert_ as convert_
@@ -47,6 +48,7 @@ __all__ = [
     "convert_",
     "fold",
     "history_state_dict",
+    "kernels",
     "load_history_state_dict",
     "nn",
     "param_groups",

@@ -1,8 +1,8 @@
 """Moments pooled over all past batches with exponentially falling shares, in the memory of one.
 
-Batch t, of n_t values a channel, counts c_t = n_t lambda^(now - t), lambda = (k - 1) / (k + 1): for batches of one size
-(sum c)^2 / sum c^2 = k, as k equal shares have it. Of the past are kept C = sum c, its mean and variance (spread
-between batches included) and, over the positions that were looked at (core/sampling.py),
+Batch t, of n_t values a channel, counts c_t = n_t lambda^(now - t), lambda = 1 - 1/k: of batches of one size the newest
+has the share 1/k, as in a window of k. Of the past are kept C = sum c, its mean and variance (spread between batches
+included) and, over the positions that were looked at (core/sampling.py),
 
     P = E[p],   mean_at = <P, W_t> + b_t,   D = E[(y - E[y]) (p - E[p])],   var_at = <D, W_t>
 
@@ -17,8 +17,8 @@ Today's batch, with share s = n / (lambda C + n), then makes with d = mean(W) - 
     mean = mean_t + (1 - s) d,    var = (1 - s) var(W) + s (var_t + (1 - s) d^2)
 
 and P, D, mean_at, var_at likewise of the positions. While weights stand still this is BatchNorm on the batches'
-weighted concatenation. 'second_moment' is, floor aside, the sum over batches of what core/taylor.py makes of each, with these
-shares; 'deviation' expands the pooled deviation where that one expands each batch's.
+weighted concatenation. 'second_moment' is, floor aside, the sum over batches of what core/taylor.py makes of each, with
+these shares; 'deviation' expands the pooled deviation where that one expands each batch's.
 
 Mean and variance are true moments; the positions say only how these change. In 'deviation' both are blind to the scale
 of W whatever positions were seen: <dvar/dW, W> = 2 var(W) and <dmean/dW, W> = mean(W) - b, exactly, by
@@ -39,7 +39,7 @@ from .pooled import Pooled, Response, Rule, add_spread_
 from .ranks import total
 from .sampling import Seen
 from .taylor import by_patch
-from .tensors import at_hand
+from .tensors import at_hand, finite
 
 __all__ = ["Past", "advance"]
 
@@ -73,7 +73,7 @@ def advance(
     part: Tensor | None = None,
     take: Tensor | None = None,
     in_place: bool = False,
-) -> tuple[Pooled, Response | None, Past, Tensor]:
+) -> tuple[Pooled, Response | None, Past, Tensor | bool]:
     """Pool a batch with the past.
 
     Args:
@@ -93,34 +93,35 @@ def advance(
         was if the batch's moments are not finite; and whether they are.
     """
     n = now.size if rule.by_count else (now.size.sign() if isinstance(now.size, Tensor) else 1)
-    size = past.size * ((rule.window - 1) / (rule.window + 1)) + n
-    s = n / size.clamp_min(1)
+    size = past.size * (1 - 1 / rule.window) + n
+    share = n / size.clamp_min(1)
+    s = share.item() if at_hand(share) else share
     keep = 1 - s
     carried, offset, scatter = _carry(past, seen, rows, bias, part, rule)
     today = torch.stack([now.mean, now.mean + offset])
     means, variances = blend(carried.means, carried.variances, today, torch.stack([now.var, scatter]), s)
-    pooled = Pooled(means[0], variances[0], s)
+    pooled = Pooled(means[0], variances[0], share)
     if used is not None:
-        alone = (now.mean, now.var, torch.ones_like(s))
+        alone = (now.mean, now.var, torch.ones_like(share))
         pooled = Pooled(*(torch.where(used, p, a) for p, a in zip(pooled, alone, strict=True)))
     apart = (today[1] - carried.means[1]) * keep
     lean = None if part is None else seen.offset - offset
     through = float(rule.gradient) if used is None else used * float(rule.gradient)
-    by = _answers(carried, now, s, through, apart, lean, offset, scatter, means, variances)
-
+    mapped = bool(past.covariance.numel())
+    by = _answers(carried, now, s, through, apart, lean, offset, scatter, means, variances) if mapped else None
     # A compiler computes in the backward, from a past that has moved on, what the forward has no need of.
-    ok = torch.isfinite(means.sum() + variances.sum() + by.sum() + seen.patch.sum())
+    ok = finite(means + variances if by is None else by)
     if isinstance(now.size, Tensor):
-        ok = ok & (now.size > 0)
+        ok = bool(now.size > 0) and ok if isinstance(ok, bool) else ok & (now.size > 0)
     if take is not None:
         ok = ok & take
-    if at_hand(ok) and not ok:
+    if ok is False:
         new = past
     else:
         patch = past.patch.lerp(seen.patch if part is None else seen.patch * part, s)
         size, means, variances, patch = _where(ok, (size, means, variances, patch), past)
         new = Past(size, means, variances, patch, past.covariance)
-    if not past.covariance.numel():
+    if by is None:
         return pooled, None, new, ok
     left = seen.left if part is None else seen.left * part
     patches = torch.stack([past.patch, seen.patch if part is None else seen.patch * part])
@@ -174,7 +175,7 @@ def _carry(
 def _answers(
     carried: _Carried,
     now: Moments,
-    s: Tensor,
+    s: Tensor | float,
     through: Tensor | float,
     apart: Tensor,
     lean: Tensor | None,
@@ -210,20 +211,25 @@ def _inverse(var_at: Tensor, var: Tensor) -> Tensor:
     return torch.where(var_at > var / 64, var_at.reciprocal(), torch.zeros_like(var))
 
 
-def _where(ok: Tensor, new: Sequence[Any], old: Iterable[Tensor | float]) -> Sequence[Any]:
-    """``new`` if ``ok``, else ``old``; where that is at hand it is true here. None stays None."""
-    if at_hand(ok):
+def _where(ok: Tensor | bool, new: Sequence[Any], old: Iterable[Tensor | float]) -> Sequence[Any]:
+    """``new`` if ``ok``, else ``old``; a mere bool is true here. None stays None."""
+    if isinstance(ok, bool):
         return new
     return [None if a is None else torch.where(ok, a, b) for a, b in zip(new, old, strict=False)]
 
 
 def _renew(
-    covariance: Tensor, keep: Tensor, left: Tensor, right: Tensor, whole: Tensor | None, in_place: bool
+    covariance: Tensor, keep: Tensor | float, left: Tensor, right: Tensor, whole: Tensor | None, in_place: bool
 ) -> Tensor:
     """Keep * covariance + sum_s left_s right_s + whole."""
     same = covariance.dtype == left.dtype
-    new = covariance.mul_(keep) if in_place and same else covariance.to(left.dtype) * keep
-    add_spread_(new, left, right)
+    if not (in_place and same):
+        new = covariance.to(left.dtype) * keep
+        add_spread_(new, left, right)
+    elif isinstance(keep, float) and len(right[0]) == 1:
+        new = covariance.addmm_(left.t(), right.squeeze(1), beta=keep)
+    else:
+        new = add_spread_(covariance.mul_(keep), left, right)
     if whole is not None:
         new += whole
     if same:

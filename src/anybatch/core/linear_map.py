@@ -75,6 +75,10 @@ class LinearMap:
         per_group = weight.view(self.groups, -1, *weight.shape[1:]).transpose(1, 2)  # (G, C/G, C_in/G, *kernel)
         return per_group.flatten(0, 1).flatten(1)
 
+    def plain_rows(self, weight: Tensor) -> Tensor:
+        """The weight itself where flattening gives its rows, else these: a gradient of its shape is added in place."""
+        return self.rows(weight) if self.transposed else weight
+
     def rows_shape(self, weight: Tensor) -> tuple[int, int]:
         """(C, K), read from the shape of the weight alone."""
         first, *rest = weight.shape
@@ -144,8 +148,8 @@ class LinearMap:
             at: the positions' examples (S,), then their coordinates, one (S,) a spatial dimension.
 
         Returns:
-            Indices of examples and of each spatial dimension, which broadcast to (S, *kernel), and where in that there
-            is nothing but zeros, if anywhere.
+            Indices of examples and of each spatial dimension, which broadcast to (S, *kernel), and where in
+            (S, *kernel, 1) there is nothing but zeros, if anywhere.
         """
         dims = len(self.kernel)
         index, outside = [at[0].view(-1, *[1] * dims)], None
@@ -156,7 +160,7 @@ class LinearMap:
                 outside = reads < 0 if outside is None else outside | (reads < 0)
                 reads = reads.clamp_min(0)
             index.append(reads)
-        return index, outside
+        return index, None if outside is None else outside.unsqueeze(-1)
 
     def patches(self, x: Tensor, index: Sequence[Tensor], outside: Tensor | None) -> Tensor:
         """Input patches (S, G, K), in float32 or better, of the map's input x, from where :meth:`reading` says."""
@@ -164,7 +168,7 @@ class LinearMap:
             return x.reshape(-1, x.shape[-1])[index[0]].to(compute_dtype(x.dtype)).unsqueeze(1)
         found: Tensor = torch.ops.aten.index(x, [index[0], None, *index[1:]])  # (S, *kernel, C_in)
         if outside is not None:
-            found = found.masked_fill_(outside.unsqueeze(-1), 0.0)
+            found = found.masked_fill_(outside, 0.0)
         return found.to(compute_dtype(x.dtype)).movedim(-1, 1).reshape(len(found), self.groups, -1)
 
     def _output_padding(self, x: Tensor, y: Tensor) -> list[int]:

@@ -51,7 +51,8 @@ def moments(x: Tensor) -> Moments:
     fast = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
     if fast and not torch.compiler.is_compiling():  # a compiler makes its own of var_mean
         if x.dim() > 2 and x.is_contiguous() and size >= _LONG_ROW * len(x):
-            return Moments(*pool(*_row_moments(x)), size)
+            means, variances = _row_moments(x)
+            return Moments(*((means[:, 0], variances[:, 0]) if len(x) == 1 else pool(means, variances)), size)
         # torch's own BatchNorm kernel: two passes, accumulated in float64, several times var_mean's speed on CPU.
         mean, var = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0)
         return Moments(mean, var, size)
@@ -67,7 +68,7 @@ def _row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     n, c = x.shape[:2]
     tiny = 1e-30  # its eps must be positive
     _, mean, inverse = torch.ops.aten.native_group_norm(x, None, None, n, c, x.numel() // (n * c), c, tiny)
-    return mean.t(), (inverse.square().reciprocal() - tiny * (1 + 1e-6)).clamp_min(0).t()  # a constant's is zero
+    return mean.t(), (inverse.pow(-2) - tiny * (1 + 1e-6)).clamp_min(0).t()  # a constant's is zero
 
 
 def channel_mean(x: Tensor) -> Tensor:
@@ -132,7 +133,7 @@ def update_running_(
     var: Tensor,
     rate: Tensor | float,
     total: bool = True,
-    ok: Tensor | None = None,
+    ok: Tensor | bool | None = None,
 ) -> None:
     """Move running moments towards a batch's, in place.
 
@@ -148,9 +149,12 @@ def update_running_(
         var: the batch's, (C,).
         rate: torch's momentum, the weight of the new batch, in [0, 1].
         total: whether the spread between batches counts.
-        ok: a bool on the device: False leaves the running moments as they are, whatever the batch's.
+        ok: a bool, on the device if need be: False leaves the running moments as they are, whatever the batch's.
     """
-    if ok is not None:
+    if isinstance(ok, bool):
+        if not ok:
+            return
+    elif ok is not None:
         mean, var = torch.where(ok, mean, running_mean), torch.where(ok, var, running_var)
     mean, var = blend(running_mean, running_var, mean, var, rate, total)
     running_mean.copy_(mean)

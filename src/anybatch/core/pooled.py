@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from .affine import normalise, reduce, through_moments
 from .moments import Moments
 from .ranks import Group, rank_count, total
-from .tensors import at_hand
+from .tensors import finite
 
 __all__ = ["Averages", "Map", "Pooled", "Response", "Rule", "add_spread_", "normalise_pooled", "spread"]
 
@@ -35,7 +35,7 @@ __all__ = ["Averages", "Map", "Pooled", "Response", "Rule", "add_spread_", "norm
 class Map(NamedTuple):
     """The map's weights today, attached."""
 
-    rows: Tensor  # (C, K)
+    rows: Tensor  # (C, *), flattened (C, K)
     bias: Tensor | None  # (C,)
 
 
@@ -136,13 +136,13 @@ def average_(averages: Averages, new: Tensor) -> Tensor:
     kept, backwards, over, scale = averages
     if scale is not None:
         new = new / scale
-    ok = torch.isfinite(new.sum())
+    ok = finite(new)
     backwards.add_(ok)
-    if not at_hand(ok):
+    if isinstance(ok, Tensor):
         kept.add_(torch.where(ok, new - kept, 0.0) / backwards.clamp(1, over))
     elif ok:
         kept.lerp_(new, 1 / min(backwards.item(), over))
-    return kept.clone() if scale is None else kept * scale
+    return kept if scale is None else kept * scale
 
 
 class _NormalisePooled(torch.autograd.Function):
@@ -181,6 +181,7 @@ class _NormalisePooled(torch.autograd.Function):
         )
         ctx.reductions, ctx.backwards, ctx.over, ctx.loss_scale = reductions, backwards, over, loss_scale
         ctx.size, ctx.eps, ctx.group, ctx.on_backward = size, eps, group, on_backward
+        ctx.rows_shape = None if rows is None else rows.shape
         return normalise(y, mean, var, weight, bias, eps)
 
     @staticmethod
@@ -214,7 +215,8 @@ class _NormalisePooled(torch.autograd.Function):
         if by is not None and any(ctx.needs_input_grad[3:5]):
             of = (by * f).sum(1)  # (I + J + 1, C)
             if ctx.needs_input_grad[3]:
-                grad_rows = _grad_rows(of, *tensors)
+                grad_rows = of.new_empty(ctx.rows_shape)
+                _write_grad(grad_rows.view(len(grad_rows), -1), of, *tensors)
             if ctx.needs_input_grad[4]:  # each rank has its part of the patches, and takes as much of the bias's
                 grad_bias = of[-1] if ctx.group is None else of[-1] / rank_count(ctx.group)
         if ctx.needs_input_grad[0]:
@@ -225,18 +227,27 @@ class _NormalisePooled(torch.autograd.Function):
         return grad_y, grad_weight, grad_beta, grad_rows, grad_bias, *[None] * 19
 
 
-def _grad_rows(
-    of: Tensor, patches: Tensor, covariance: Tensor, second: Tensor | None, left: Tensor | None, right: Tensor | None
-) -> Tensor:
-    """(C, K): what goes by each tensor of :class:`Response`, ``of`` them."""
+def _write_grad(
+    grad: Tensor,
+    of: Tensor,
+    patches: Tensor,
+    covariance: Tensor,
+    second: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+) -> None:
+    """Write to (C, K) what goes by each tensor of :class:`Response`, ``of`` them."""
     i = len(patches)
-    grad = covariance.to(of.dtype) if covariance.dtype != of.dtype else None
-    grad = covariance * of[i].unsqueeze(1) if grad is None else grad.mul_(of[i].unsqueeze(1))
+    if covariance.dtype == grad.dtype:
+        torch.mul(covariance, of[i].unsqueeze(1), out=grad)
+    else:
+        grad.copy_(covariance).mul_(of[i].unsqueeze(1))
     if second is not None:
         grad.addcmul_(second, of[i + 1].unsqueeze(1))
     if left is None or right is None:
-        return add_spread_(grad, of[:i], patches)
-    return add_spread_(grad, torch.cat([of[:i], left * of[i + 1]]), torch.cat([patches, right]))
+        add_spread_(grad, of[:i], patches)
+    else:
+        add_spread_(grad, torch.cat([of[:i], left * of[i + 1]]), torch.cat([patches, right]))
 
 
 def add_spread_(to: Tensor, by_channel: Tensor, patches: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ Where one has S positions and W, <covariance, W> is the variance of y at just th
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,16 +94,27 @@ def _places_of_period(
     return _Places(apart[:n], apart[n:], None if outside is None else outside.view(_PERIOD, -1, *outside.shape[1:]))
 
 
+@lru_cache(maxsize=512)
+def _each_of_period(*sizes: Any) -> list[_Places]:
+    """The same, batch by batch."""
+    outputs, inputs, outside = _places_of_period(*sizes)
+    return [
+        _Places([t[i] for t in outputs], [t[i] for t in inputs], None if outside is None else outside[i])
+        for i in range(_PERIOD)
+    ]
+
+
 def _find(x: Tensor, y: Tensor, geometry: LinearMap, samples: int, number: Tensor) -> _Places:
     sizes = geometry, len(y), tuple(x.shape[2:]) if geometry.kernel else (), tuple(y.shape[2:]), samples
-    number = number % _PERIOD
     if torch.compiler.is_compiling():
-        return _places(*sizes, number)
+        return _places(*sizes, number % _PERIOD)
+    if at_hand(number):
+        return _each_of_period(*sizes, number.device)[int(number) % _PERIOD]
     outputs, inputs, outside = _places_of_period(*sizes, number.device)
-    i = int(number) if at_hand(number) else number.view(1)
+    i = (number % _PERIOD).view(1)
 
     def of(t: Tensor) -> Tensor:
-        return t[i] if isinstance(i, int) else t.index_select(0, i).squeeze(0)
+        return t.index_select(0, i).squeeze(0)
 
     return _Places([of(t) for t in outputs], [of(t) for t in inputs], None if outside is None else of(outside))
 

@@ -1,12 +1,13 @@
 """What torch knows of a tensor or a function and does not say in one word."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["at_hand", "function_name", "version"]
+__all__ = ["at_hand", "finite", "function_name", "version"]
 
 
 def version(tensor: Tensor) -> int:
@@ -25,3 +26,9 @@ def function_name(func: Callable[..., Any]) -> str:
 def at_hand(t: Tensor) -> bool:
     """Whether a value can be read without anyone waiting for it: no other device computes it, and no compiler."""
     return t.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def finite(t: Tensor) -> Tensor | bool:
+    """Whether all of ``t`` is finite, and its sum: a bool where that is at hand, else one on the device."""
+    total = t.sum()
+    return math.isfinite(total.item()) if at_hand(total) else torch.isfinite(total)

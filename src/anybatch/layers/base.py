@@ -16,6 +16,7 @@ from ..core.affine import per_channel
 from ..core.moments import Moments, bessel, moments, pool, update_running_
 from ..core.ranks import Whole, pool_ranks
 from ..core.step import measure, normalise_by
+from ..core.tensors import finite
 from ..errors import AnybatchError
 from .checks import check_input
 from .fused import keep_tail
@@ -236,7 +237,7 @@ class NormLayer(SyncedLayer):
         self,
         now: Moments,
         examples: int | Tensor,
-        ok: Tensor | None = None,
+        ok: Tensor | bool | None = None,
         total: bool = False,
         momentum_batch: int | None = None,
     ) -> None:
@@ -245,7 +246,7 @@ class NormLayer(SyncedLayer):
         Args:
             now: of the batch, in the shape of the running statistics.
             examples: in the batch.
-            ok: a bool on the device: False leaves everything as it is. By default whether the moments are finite.
+            ok: a bool, on the device if need be: False leaves all as it is. By default whether the moments are finite.
             total: running_var is the total population variance; else torch's average of Bessel variances.
             momentum_batch: examples at which ``momentum`` is torch's; None: every forward counts the same.
         """
@@ -254,8 +255,9 @@ class NormLayer(SyncedLayer):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         if ok is None:
-            ok = torch.isfinite((now.mean + now.var).sum())
-            ok = first_run(ok & (now.size > 1) if isinstance(now.size, Tensor) else ok, self.repeatable)
+            ok = finite(now.mean + now.var)
+            ok = ok & (now.size > 1) if isinstance(now.size, Tensor) else ok
+            ok = first_run(ok, self.repeatable) if isinstance(ok, Tensor) else ok
         self.num_batches_tracked.add_(ok)
         rate: Tensor | float
         if self.momentum is None:

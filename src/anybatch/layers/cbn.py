@@ -10,8 +10,8 @@ The norm after a linear map y = W p + b, at weights W_t, over a window of k batc
 ``kind`` 'ring', the paper's (core/taylor.py): the last k - 1 batches, each kept with its answer to the weights; shares
 s_tau by sample count ('samples': still weights make this BatchNorm on the window's concatenation) or 1/k ('equal', the
 paper's). 'exponential' (core/exponential.py): all past batches in the memory of one, with shares that fall by
-(k - 1) / (k + 1) a batch, so that as much is averaged over; it costs the same whatever k is. Its answer to the weights
-is read from some ``positions`` of every batch. Evaluation is BatchNorm on the running statistics, and folds into the map.
+1 - 1/k a batch, so that the newest has 1/k here too; it costs the same whatever k is. Its answer to the weights is
+read from some ``positions`` of every batch. Evaluation is BatchNorm on the running statistics, so it folds.
 
 Backward (core/pooled.py): 'current', the paper's, holds the history constant. 'history' lets the loss flow through the
 carried moments into W, which makes it blind to the scale of W again: <dL/dW, W> = 0 up to eps, as BatchNorm has it. For
@@ -118,7 +118,7 @@ class CrossIterationBatchNorm(HistoryLayer):
         bias: bool = True,
         alpha: float = 0.0,
         kind: Literal["exponential", "ring"] = "exponential",
-        positions: int | None = 32,
+        positions: int | None = 16,
         storage: Literal["full", "bfloat16"] = "full",
         gradient: Literal["history", "current"] = "history",
         compensate: bool = True,
@@ -187,21 +187,23 @@ class CrossIterationBatchNorm(HistoryLayer):
         """:meth:`normalise` with other affine parameters than the layer's."""
         index, feed = self.take_feed(y)
         size = self.examples_per_group or len(y)
+        if len(y) <= size:
+            return self._part(y, index, feed, weight, bias)
         parts = [
             self._part(part, index, feed and feed._replace(x=feed.x[i * size : (i + 1) * size]), weight, bias)
-            for i, part in enumerate(torch.split(y, size) if len(y) > size else [y])
+            for i, part in enumerate(torch.split(y, size))
         ]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return torch.cat(parts)
 
     def _part(self, y: Tensor, index: int, feed: Feed | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         own = moments(y.detach())
         whole = pool_ranks(*own, len(y), self.group)
-        now, map = whole.now, self._map(feed, own)
+        now, map = (own if self.group is None else whole.now), self._map(feed, own)
         history = self.history_of(index).like(now.mean)
         found = self._replay.recall(now.mean, index) if self._replay.is_second_run() else None
         if found is None:
             self._replay.tidy()
-            found = self._first(y.detach(), own, whole, map, feed if self.compensates else None, history)
+            found = self._first(y.detach(), own, now, whole, map, feed if self.compensates else None, history)
             self._replay.remember(now.mean, index, found)
         pooled, response = found
         averages = self.averages(history) if self.average_reductions and response is not None else None
@@ -214,29 +216,28 @@ class CrossIterationBatchNorm(HistoryLayer):
         if feed is None or not self.compensates:
             return Map(own.mean.new_zeros(self.num_features, 0), None)
         bias = None if feed.bias is None else feed.bias.to(dtype)
-        return Map(feed.geometry.rows(feed.weight).to(dtype), bias)
+        return Map(feed.geometry.plain_rows(feed.weight).to(dtype), bias)
 
     # once() needs gradients enabled: a checkpoint without them marks nothing. Here is nothing that has any.
     def _first(
-        self, y: Tensor, own: Moments, whole: Whole, map: Map, feed: Feed | None, history: History
+        self, y: Tensor, own: Moments, now: Moments, whole: Whole, map: Map, feed: Feed | None, history: History
     ) -> tuple[Pooled, Response | None]:
         """What to normalise a batch by that is seen for the first time; it goes into history and statistics."""
-        now = whole.now
         today = Today(
             now,
-            map.rows.detach(),
+            map.rows.detach().flatten(1),
             None if map.bias is None else map.bias.detach(),
             whole.share,
             history.forwards >= self.burn_in_steps if self.burn_in_steps else None,
             first_run(now.mean.new_ones((), dtype=torch.bool), repeatable=False) if is_compiling() else None,
         )
-        pooled, response, ok, new = once(self._pool, history, today, history.observe(y, own, whole, feed))
+        pooled, response, ok, new = once(self._pool, history, today, history.observe(y, own, now, whole, feed))
         history.push_(today, ok, new)
         self.track_(now, whole.examples, ok, total=not self.torch_running, momentum_batch=self.momentum_batch)
         return pooled, response
 
     @torch.no_grad()
-    def _pool(self, history: History, today: Today, seen: Any) -> tuple[Pooled, Response | None, Tensor, Any]:
+    def _pool(self, history: History, today: Today, seen: Any) -> tuple[Pooled, Response | None, Tensor | bool, Any]:
         rule = Rule(self.window, self.pooling == "samples", self.second_moment, self.gradient == "history", self.group)
         pooled, response, ok, new = history.pool(today, seen, rule)
         few = isinstance(today.now.size, Tensor) or today.now.size < 2
@@ -289,7 +290,7 @@ class CBN(NormConfig):
 
     window: int = 8
     kind: Literal["exponential", "ring"] = "exponential"
-    positions: int | None = 32
+    positions: int | None = 16
     storage: Literal["full", "bfloat16"] = "full"
     gradient: Literal["history", "current"] = "history"
     compensate: bool = True

@@ -46,18 +46,18 @@ class Exponential(History):
         self._lent: Any = None  # a weak reference to what the last graph got of the covariance
         self.start(channels, like)
 
-    def observe(self, y: Tensor, own: Moments, whole: Whole, feed: Feed | None) -> Seen:
+    def observe(self, y: Tensor, own: Moments, now: Moments, whole: Whole, feed: Feed | None) -> Seen:
         """Outputs and patches of some positions, relative to the whole batch's mean."""
         if feed is None or not y.numel():
             return nothing(self.patch, self.scalars.shape[2])
         with torch.no_grad():
             if self.samples is not None:
-                return sampled(feed.x, y, whole.now.mean, feed.geometry, self.samples, self.forwards)
+                return sampled(feed.x, y, now.mean, feed.geometry, self.samples, self.forwards)
             seen = everywhere(feed.x, y, own.mean, own.var, feed.geometry, feed.weight)
             return seen if whole.apart is None else seen._replace(offset=whole.apart)
 
     @torch.no_grad()
-    def pool(self, today: Today, seen: Any, rule: Rule) -> tuple[Pooled, Response | None, Tensor, Any]:
+    def pool(self, today: Today, seen: Any, rule: Rule) -> tuple[Pooled, Response | None, Tensor | bool, Any]:
         """See :func:`anybatch.core.exponential.advance`; the covariance may be changed in place already."""
         past = Past(self.count, self.scalars[0], self.scalars[1], self.patch, self.covariance)
         free = not torch.compiler.is_compiling() and (self._lent is None or self._lent() is None)
@@ -69,7 +69,7 @@ class Exponential(History):
             response = response._replace(covariance=lent)
         return pooled, response, ok, new
 
-    def push_(self, today: Today, ok: Tensor, new: Any) -> None:
+    def push_(self, today: Today, ok: Tensor | bool, new: Any) -> None:
         """Keep the new past; where the batch was not ``ok``, it is the old one."""
         tensors = new.size, torch.stack([new.means, new.variances]), new.patch, new.covariance
         for field, tensor in zip(self.fields, tensors, strict=False):

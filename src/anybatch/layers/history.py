@@ -50,22 +50,23 @@ class History:
         self.backwards = like.new_zeros(())
 
     @abstractmethod
-    def observe(self, y: Tensor, own: Moments, whole: Whole, feed: Feed | None) -> Any:
+    def observe(self, y: Tensor, own: Moments, now: Moments, whole: Whole, feed: Feed | None) -> Any:
         """What the map's outputs y (N, C, *) and inputs say of the moments' answer to the weights.
 
         Args:
             y: this rank's part of the batch, detached.
             own: its moments.
-            whole: those of all ranks.
+            now: those of all ranks.
+            whole: the same, and this rank's part in them.
             feed: the map's run; None where nothing is compensated.
         """
 
     @abstractmethod
-    def pool(self, today: Today, seen: Any, rule: Rule) -> tuple[Pooled, Response | None, Tensor, Any]:
+    def pool(self, today: Today, seen: Any, rule: Rule) -> tuple[Pooled, Response | None, Tensor | bool, Any]:
         """What to normalise by, the map's answer, whether the batch is finite, and what to :meth:`push_`."""
 
     @abstractmethod
-    def push_(self, today: Today, ok: Tensor, new: Any) -> None:
+    def push_(self, today: Today, ok: Tensor | bool, new: Any) -> None:
         """Take the batch in, if ``ok``."""
 
     def tensors(self) -> list[Tensor]:

@@ -45,7 +45,7 @@ class Ring(History):
         mean, var, mean_at, var_at = self.scalars.unbind(0)
         return Entries(self.count, mean, var, mean_at, var_at, self.patch, self.covariance)
 
-    def observe(self, y: Tensor, own: Moments, whole: Whole, feed: Feed | None) -> tuple[Tensor, Tensor]:
+    def observe(self, y: Tensor, own: Moments, now: Moments, whole: Whole, feed: Feed | None) -> tuple[Tensor, Tensor]:
         """E[p] (G, K) and E[(y - mean) p] (C, K) over all positions, of which the ranks' add up to the batch's."""
         if feed is None or not y.numel():
             return torch.zeros_like(self.patch[:, 0]), torch.zeros_like(self.covariance[:, 0])
@@ -57,7 +57,7 @@ class Ring(History):
             return seen.patch * whole.share, (seen.covariance + spread(seen.patch, whole.apart)) * whole.share
 
     @torch.no_grad()
-    def pool(self, today: Today, seen: Any, rule: Rule) -> tuple[Pooled, Response | None, Tensor, Any]:
+    def pool(self, today: Today, seen: Any, rule: Rule) -> tuple[Pooled, Response | None, Tensor | bool, Any]:
         """See :func:`anybatch.core.taylor.pool_entries`."""
         now, (patch, covariance) = today.now, seen
         pooled, response, at = pool_entries(
@@ -73,8 +73,9 @@ class Ring(History):
         ok = ok if today.take is None else ok & today.take
         return pooled, response, ok, (at.mean[:, 0], at.var[:, 0], patch, covariance)
 
-    def push_(self, today: Today, ok: Tensor, new: Any) -> None:
+    def push_(self, today: Today, ok: Tensor | bool, new: Any) -> None:
         """Write a batch into the free slot, and free the oldest if ``ok``."""
+        ok = torch.as_tensor(ok)
         # A free slot is multiplied by zero, so what it holds must be finite, squared too.
         now, (mean_at, var_at, patch, covariance) = today.now, new
         scalars = torch.stack([now.mean, now.var, mean_at, var_at])
