@@ -107,7 +107,7 @@ def advance(
     apart = (today[1] - carried.means[1]) * keep
     lean = None if part is None else seen.offset - offset
     through = float(rule.gradient) if used is None else used * float(rule.gradient)
-    mapped = bool(past.covariance.numel())
+    mapped = bool(rows.shape[1])
     by = _answers(carried, now, s, through, apart, lean, offset, scatter, means, variances) if mapped else None
     # A compiler computes in the backward, from a past that has moved on, what the forward has no need of.
     ok = finite(means + variances if by is None else by)
