@@ -95,7 +95,9 @@ def test_averaged_reductions_change_what_flows_on_and_nothing_else(kind: str, wa
     """Own gradients stay; the input's gains (1 - s) a (-R1 - y_hat R2) through the map, R the running averages."""
     module, shape = make(kind)
     c = channels_of(module)
-    plain = CrossIterationBatchNorm(c, window=3, dtype=D, kind=way, positions=None, average_reductions=0).follows(module)
+    plain = CrossIterationBatchNorm(c, window=3, dtype=D, kind=way, positions=None, average_reductions=0).follows(
+        module
+    )
     norm = CrossIterationBatchNorm(c, window=3, dtype=D, kind=way, positions=None, average_reductions=4)
     with torch.no_grad():
         for p, q in zip(plain.parameters(), norm.parameters(), strict=True):
@@ -127,7 +129,9 @@ def test_averaged_reductions_change_what_flows_on_and_nothing_else(kind: str, wa
             average = new if len(sums) == 1 else average + (new - average) / n  # noqa: F821
             r1, r2 = (r.view(shape_c) for r in average)
             sizes.append(float(m))
-            share = m / (sum(sizes[-3:]) if way == "ring" else sum(s * (2 / 3) ** age for age, s in enumerate(sizes[::-1])))
+            share = m / (
+                sum(sizes[-3:]) if way == "ring" else sum(s * (2 / 3) ** age for age, s in enumerate(sizes[::-1]))
+            )
             later = (1 - share) * a * (-r1 - y_hat * r2)
         (later,) = torch.autograd.grad(oracle.run(module, module.weight, module.bias, x), x, later)
         torch.testing.assert_close(mine[0], own[0] + later, **ORACLE)

@@ -79,7 +79,8 @@ class Exponential(History):
         tensors = new.size, torch.stack([new.means, new.variances]), new.patch, new.covariance
         for field, tensor in zip(self.fields, tensors, strict=False):
             if not torch.compiler.is_compiling():
-                setattr(self, field, tensor)
+                with torch.inference_mode(False):  # what is made in inference mode training cannot write
+                    setattr(self, field, tensor.clone() if tensor.is_inference() else tensor)
             elif tensor.numel():
                 getattr(self, field).copy_(tensor)
         self.forwards.add_(ok)
