@@ -9,7 +9,7 @@ from torch import nn
 from anybatch.core.linear_map import LinearMap
 from anybatch.core.moments import moments
 
-from .oracle import batch_moments, run
+from .oracle import batch_moments, patches, run
 from .tolerances import ORACLE
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -38,6 +38,15 @@ def assert_closed_forms(module: nn.Module, x: torch.Tensor) -> None:
         expected = torch.zeros_like(rows)
         expected[c] = 2 * covariance[c]
         torch.testing.assert_close(rows, expected, **ORACLE)
+
+    # The patches of all positions: every output's derivative by its channel's row of the weight.
+    size = tuple(y.shape[2:])
+    at = torch.unravel_index(torch.arange(y.numel() // channels), (len(y), *size))
+    found = geometry.patches(x, *geometry.reading(tuple(x.shape[2:]) if geometry.kernel else (), size, at))
+    for position, by_weight in zip(found, patches(module, weight, bias, x), strict=True):
+        for c in range(channels):
+            row = position[c * geometry.groups // channels]
+            torch.testing.assert_close(geometry.rows(by_weight[c])[c], row, **ORACLE)
 
 
 @st.composite

@@ -23,6 +23,7 @@ from .tensors import at_hand
 __all__ = ["Seen", "everywhere", "nothing", "positions", "sampled"]
 
 _GOLDEN = 2654435769  # 2^32 / golden ratio
+_SILVER = 1779033704  # 2^32 (sqrt(2) - 1)
 _BITS = 16
 _PERIOD = 32  # batches, after which the places come again
 
@@ -56,7 +57,9 @@ def positions(examples: int, size: tuple[int, ...], samples: int, number: Tensor
     every = examples * math.prod(size)
     if samples < every:
         index = torch.arange(samples, device=number.device)
-        place = ((number * samples + index) * _GOLDEN % (1 << 32)) >> (32 - _BITS)
+        # Of one stretch from batch to batch by one ratio, in one batch from stretch to stretch by another: multiples of
+        # a single one by ``samples`` a batch would stay in a part of it where ``samples`` is a Fibonacci number.
+        place = ((number * _GOLDEN + index * _SILVER) % (1 << 32)) >> (32 - _BITS)
         at = ((index << _BITS) + place) * every // (samples << _BITS)
     else:
         at = torch.arange(every, device=number.device) + 0 * number
