@@ -12,6 +12,7 @@ from anybatch.nn import CrossIterationBatchNorm
 
 from . import oracle
 from .test_cbn import LAST, D, channels_of, every_map, every_way, gradients, last_moments, make, move  # noqa: F401
+from .test_history import assert_equal
 from .tolerances import ORACLE, SAME
 
 
@@ -163,7 +164,7 @@ def test_an_empty_batch_passes_and_pushes_nothing(way: str) -> None:
     out.backward(torch.randn_like(out))
     assert (norm.weight.grad == 0).all()
     after = ab.history_state_dict(nn.Sequential(module, norm))
-    assert_same_state(before, after)
+    assert_equal(before, after)
     assert norm.num_batches_tracked == 1
 
 
@@ -194,7 +195,7 @@ def test_evaluation_pushes_nothing_and_is_torchs(way: str) -> None:
     before = ab.history_state_dict(model)
     x = torch.randn(1, 2, 5, 5)
     torch.testing.assert_close(model(x), norm.to_batchnorm()(module(x)), rtol=0, atol=0)
-    assert_same_state(before, ab.history_state_dict(model))
+    assert_equal(before, ab.history_state_dict(model))
 
 
 @every_way
@@ -216,14 +217,6 @@ def test_shared_norm_keeps_a_history_a_map(way: str) -> None:
         norm(two(torch.randn(2, 4, 5, 5)))
     assert set(norm.histories) == {0, 1}
     assert [h.covariance.shape[-1] for h in norm.histories.values()] == [18, 4]
-
-
-def assert_same_state(a: dict, b: dict) -> None:
-    assert a["layers"].keys() == b["layers"].keys()
-    for name, layer in a["layers"].items():
-        for index, tensors in layer.items():
-            for field, tensor in tensors.items():
-                assert torch.equal(tensor, b["layers"][name][index][field]), (name, field)
 
 
 @every_way

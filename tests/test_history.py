@@ -11,7 +11,6 @@ import anybatch as ab
 
 from .test_contract import Net, example
 
-
 CONFIGS = {
     "exponential": ab.CBN(window=5, positions=20, average_reductions=7),
     "bfloat16": ab.CBN(window=5, storage="bfloat16", average_reductions=7),
@@ -136,7 +135,7 @@ def test_a_ring_without_its_free_slot_is_refused() -> None:
     steps(net, optimizer, 0, 2)
     state = ab.history_state_dict(net)
     state["layers"]["bn2"]["0"]["slot"].fill_(99)
-    with pytest.raises(ab.AnybatchError, match="bn2.*slot 99 of 5"):
+    with pytest.raises(ab.AnybatchError, match=r"bn2.*slot 99 of 5"):
         ab.load_history_state_dict(net, state)
 
 

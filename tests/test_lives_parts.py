@@ -264,7 +264,7 @@ def test_a_head_on_five_levels(name: str) -> None:
 
 @pytest.mark.parametrize("gradient", ["history", "current"])
 def test_five_levels_as_written_out(gradient: str) -> None:
-    """The ring in one step: each level by the moments of all levels so far, through today's weights or this one alone."""
+    """The ring in a step: each level by the moments of all so far, through today's weights or this one alone."""
     torch.manual_seed(3)
     head = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)).double()
     plain = copy.deepcopy(head)

@@ -190,3 +190,35 @@ def test_one_value_over_all_ranks(name: str) -> None:
     torch.testing.assert_close(out, (x - 2) / (4 + 1e-5) ** 0.5, **ORACLE)
     assert torch.isfinite(grad).all()
     assert (running == 2).all() or name == "cbn-naive"  # CBN's total variance takes one value too
+
+
+def looking_at_five(rank: int, world: int, moves: bool) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Outputs of four steps, each rank at positions of its own, running statistics, the last dL/dW, and W."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, eps=1e-12)).double()
+    ab.convert_(net, ab.CBN(window=3, positions=5, sync=True), example_inputs=torch.randn(2, 3, 9, 8).double())
+    g = torch.Generator().manual_seed(2)
+    outs = []
+    for sizes in SIZES[2]:
+        x, cotangent = (torch.randn(sum(sizes), *of, generator=g).double() for of in ((3, 9, 8), (6, 7, 6)))
+        if world > 1:
+            x, cotangent = x.split(list(sizes))[rank], cotangent.split(list(sizes))[rank]
+        out = net(x)
+        (grad,) = torch.autograd.grad(out, net[0].weight, cotangent)
+        outs.append(out.detach())
+        weight = net[0].weight.detach().clone()
+        if moves:
+            with torch.no_grad():
+                net[0].weight += 0.02 * torch.randn(weight.shape, generator=g).double()
+    return [*outs, net[1].running_mean, net[1].running_var], grad, weight
+
+
+def test_whatever_positions_the_ranks_look_at() -> None:
+    """Still weights: the moments are the whole batch's. At any, the gradients together are blind to their scale."""
+    alone = looking_at_five(0, 1, False)[0]
+    for a, b in zip(joined([seen for seen, *_ in on_ranks(2, looking_at_five, False)], alone), alone, strict=True):
+        torch.testing.assert_close(a, b, **ORACLE)
+    (_, one, weight), (_, two, _) = on_ranks(2, looking_at_five, True)
+    along, size = ((one + two) * weight).sum((1, 2, 3)), one.flatten(1).norm(dim=1) * weight.flatten(1).norm(dim=1)
+    assert (along.abs() <= 1e-8 * size).all()
+    assert ((one * weight).sum((1, 2, 3)).abs() > 1e-3 * size).any()
