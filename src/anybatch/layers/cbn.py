@@ -40,9 +40,9 @@ from .base import NormLayer
 from .config import NormConfig
 from .exponential import Exponential
 from .feed import Feed
-from .history import History, HistoryLayer, Today
+from .history import History, HistoryLayer, Today, as_computed
 from .options import check_choice, check_flag, check_whole
-from .replay import first_run, kept, once
+from .replay import first_run, once
 from .ring import Ring
 
 __all__ = ["CBN", "CrossIterationBatchNorm"]
@@ -247,15 +247,9 @@ class CrossIterationBatchNorm(HistoryLayer):
             mean = torch.where(alone, self.running_mean, pooled.mean)
             var = torch.where(alone, self.running_var, pooled.var)
             pooled = Pooled(mean, var, pooled.share * ~alone)
-        if not is_compiling():
-            return pooled, response, ok, new
-        if response is None:
-            return Pooled(*kept(*pooled)), None, ok, new
-        patches, covariance, *rest = response
-        own = covariance if len(covariance) == 1 else None
-        mean, var, share, patches, own, *rest = kept(*pooled, patches, own, *rest)
-        response = Response(patches, covariance if own is None else own, *rest)
-        return Pooled(mean, var, share), response, ok, new
+        if is_compiling():
+            pooled, response = as_computed(pooled, response)
+        return pooled, response, ok, new
 
     def new_history(self, channels: int, groups: int, k: int, like: Tensor) -> History:
         """Of the layer's kind."""

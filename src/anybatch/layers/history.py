@@ -17,8 +17,9 @@ from ..core.pooled import Averages, Pooled, Response, Rule
 from ..core.ranks import Whole
 from ..errors import AnybatchError
 from .feed import FedLayer, Feed
+from .replay import kept
 
-__all__ = ["History", "HistoryLayer", "Today"]
+__all__ = ["History", "HistoryLayer", "Today", "as_computed"]
 
 
 class Today(NamedTuple):
@@ -30,6 +31,19 @@ class Today(NamedTuple):
     part: Tensor | None  # this rank's share of the values, if it has not all
     used: Tensor | None  # a bool on the device, False: the past is not to be used yet
     take: Tensor | None  # a bool on the device, False: the batch is not to be taken in
+
+
+def as_computed(pooled: Pooled, response: Response | None) -> tuple[Pooled, Response | None]:
+    """What a graph's backward reads, as the forward computed it: by then the history has moved on.
+
+    A covariance comes of a product of matrices, which a compiler computes once anyway unless one is a mere row.
+    """
+    if response is None:
+        return Pooled(*kept(*pooled)), None
+    patches, covariance, *rest = response
+    row = covariance if len(covariance) == 1 else None
+    values = kept(*pooled, patches, row, *rest)
+    return Pooled(*values[:3]), Response(values[3], covariance if row is None else row, *values[5:])
 
 
 class History:

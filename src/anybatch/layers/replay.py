@@ -75,14 +75,12 @@ def _(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].new_empty(sum(t.numel() for t in tensors))
 
 
-def kept(*tensors: Tensor | None) -> list[Tensor | None]:
+def kept(*tensors: Tensor | None) -> list[Any]:
     """Tensors that a graph's backward takes from its forward.
 
-    A compiler else computes some of them again, from a state that the forward has changed by then; what is not of its
-    own it lets be.
+    A compiler else computes some of them again, from a state that the forward has changed by then; what comes out of
+    an operator that is not its own it keeps.
     """
-    if not torch.compiler.is_compiling():
-        return list(tensors)
     given = [t for t in tensors if t is not None]
     parts = iter(_kept(given).split([t.numel() for t in given]))
     return [None if t is None else next(parts).view(t.shape) for t in tensors]
