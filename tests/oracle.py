@@ -14,6 +14,17 @@ def batch_moments(y: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (channels - mean[:, None]).square().mean(1)
 
 
+def weighted_moments(batches: list[Tensor], weights: list[float]) -> tuple[Tensor, Tensor]:
+    """Moments of the batches' concatenation in which every value of a batch counts ``weight``."""
+    rows = [y.transpose(0, 1).flatten(1) for y in batches]
+    w = torch.cat(
+        [torch.full(row.shape[1:], weight, dtype=row.dtype) for row, weight in zip(rows, weights, strict=True)]
+    )
+    values, w = torch.cat(rows, 1), w / w.sum()
+    mean = values @ w
+    return mean, (values - mean[:, None]).square() @ w
+
+
 def run(map: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     parameters = {"weight": weight} | ({} if bias is None else {"bias": bias})
     return functional_call(map, parameters, (x,))

@@ -12,10 +12,18 @@ import anybatch as ab
 from .test_contract import Net, example
 
 
+CONFIGS = {
+    "exponential": ab.CBN(window=5, positions=20, average_reductions=7),
+    "bfloat16": ab.CBN(window=5, storage="bfloat16", average_reductions=7),
+    "all positions": ab.CBN(window=5, positions=None, average_reductions=7),
+    "ring": ab.CBN(window=5, kind="ring", average_reductions=7),
+}
+
+
 def started(config: ab.CBN | None = None) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     net = Net()
-    ab.convert_(net, config or ab.CBN(window=5, average_reductions=7), example_inputs=example())
+    ab.convert_(net, config or CONFIGS["exponential"], example_inputs=example())
     return net, torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
 
 
@@ -39,17 +47,18 @@ def through_a_file(state: object) -> object:
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("stop", [1, 3, 9])
-def test_resume_in_mid_window_is_bit_identical(stop: int) -> None:
+def test_resume_in_mid_window_is_bit_identical(stop: int, config: str) -> None:
     """Model, optimizer and history through a weights-only file; losses and every tensor equal afterwards."""
-    whole, whole_optimizer = started()
+    whole, whole_optimizer = started(CONFIGS[config])
     expected = steps(whole, whole_optimizer, 0, 12)
 
-    first, optimizer = started()
+    first, optimizer = started(CONFIGS[config])
     steps(first, optimizer, 0, stop)
     saved = through_a_file([first.state_dict(), optimizer.state_dict(), ab.history_state_dict(first)])
 
-    second, optimizer = started()
+    second, optimizer = started(CONFIGS[config])
     second.load_state_dict(saved[0], strict=True)
     optimizer.load_state_dict(saved[1])
     ab.load_history_state_dict(second, saved[2])
@@ -100,14 +109,13 @@ def test_saved_history_is_a_copy() -> None:
         (lambda s: s["layers"].update(nowhere={}), "nowhere"),
         (lambda s: s["layers"]["bn2"]["0"].pop("count"), "bn2.*count"),
         (lambda s: s["layers"]["bn2"]["0"].update(patch=torch.zeros(6, 5, 3)), "bn2.*patch.*(6, 5, 3)"),
-        (lambda s: s["layers"]["bn2"]["0"]["slot"].fill_(99), "slot 99 of 5"),
         (lambda s: s["layers"]["bn2"]["0"].update(forwards=torch.zeros(3)), "forwards"),
         (lambda s: s["layers"]["bn2"].update({"7": s["layers"]["bn2"].pop("0")}), "'7'"),
         (lambda s: s["layers"]["bn2"].update(x=3), "'x'"),
         (lambda s: s["layers"]["bn2"].update({"0": None}), "NoneType"),
     ],
     ids=[
-        *("version", "missing layer", "unknown layer", "missing tensor", "another patch", "slot", "kind"),
+        *("version", "missing layer", "unknown layer", "missing tensor", "another patch", "kind"),
         *("unknown map", "unknown key", "no history"),
     ],
 )
@@ -123,10 +131,54 @@ def test_unfit_history_is_refused_and_nothing_changes(spoil, said: str) -> None:
     assert_equal(ab.history_state_dict(net), before)
 
 
-def test_history_of_another_window_is_refused() -> None:
+def test_a_ring_without_its_free_slot_is_refused() -> None:
+    net, optimizer = started(CONFIGS["ring"])
+    steps(net, optimizer, 0, 2)
+    state = ab.history_state_dict(net)
+    state["layers"]["bn2"]["0"]["slot"].fill_(99)
+    with pytest.raises(ab.AnybatchError, match="bn2.*slot 99 of 5"):
+        ab.load_history_state_dict(net, state)
+
+
+@pytest.mark.parametrize(("saved", "mine"), [("ring", "exponential"), ("exponential", "ring")])
+def test_history_of_another_kind_is_refused(saved: str, mine: str) -> None:
+    """By what it has and what the layer keeps; nothing changes."""
+    net, optimizer = started(CONFIGS[saved])
+    steps(net, optimizer, 0, 2)
+    other, optimizer = started(CONFIGS[mine])
+    steps(other, optimizer, 0, 1)
+    before = ab.history_state_dict(other)
+    with pytest.raises(ab.AnybatchError, match=r"bn1.*it has .*scalars.* and the layer keeps .*scalars.*kind="):
+        ab.load_history_state_dict(other, ab.history_state_dict(net))
+    assert_equal(ab.history_state_dict(other), before)
+
+
+@pytest.mark.parametrize(("saved", "mine"), [("exponential", "bfloat16"), ("bfloat16", "exponential")])
+def test_history_kept_in_another_dtype_is_converted(saved: str, mine: str) -> None:
+    net, optimizer = started(CONFIGS[saved])
+    steps(net, optimizer, 0, 2)
+    other, optimizer = started(CONFIGS[mine])
+    ab.load_history_state_dict(other, ab.history_state_dict(net))
+    covariance = other.bn1.histories[0].covariance
+    assert covariance.dtype == (torch.bfloat16 if mine == "bfloat16" else torch.float32)
+    assert torch.equal(covariance.bfloat16(), net.bn1.histories[0].covariance.bfloat16())
+    steps(other, optimizer, 2, 4)
+
+
+def test_an_exponential_history_serves_any_window() -> None:
+    """It has no window's shape; a ring's has."""
     net, optimizer = started(ab.CBN(window=3))
     steps(net, optimizer, 0, 2)
-    other, _ = started(ab.CBN(window=4))
+    other, optimizer = started(ab.CBN(window=4))
+    ab.load_history_state_dict(other, ab.history_state_dict(net))
+    steps(other, optimizer, 2, 3)
+    assert other.bn1.histories[0].forwards == 3
+
+
+def test_history_of_another_window_is_refused() -> None:
+    net, optimizer = started(ab.CBN(window=3, kind="ring"))
+    steps(net, optimizer, 0, 2)
+    other, _ = started(ab.CBN(window=4, kind="ring"))
     with pytest.raises(ab.AnybatchError, match=r"bn1.*shape \(3,\).*shape \(4,\)"):
         ab.load_history_state_dict(other, ab.history_state_dict(net))
 

@@ -118,7 +118,9 @@ def test_at_first_it_is_batchnorm_behind_a_constant_gate(shape: tuple[int, ...])
 def test_over_cbn(options: dict) -> None:
     """The gate over CBN's y_hat: outputs and every gradient, the map's through the history included."""
     conv = nn.Conv2d(3, 4, 3, dtype=D)
-    norm = random(InstanceEnhancementCrossIterationBatchNorm(4, window=3, average_reductions=0, dtype=D, **options))
+    norm = random(
+        InstanceEnhancementCrossIterationBatchNorm(4, 3, kind="ring", average_reductions=0, dtype=D, **options)
+    )
     norm.follows(conv)
     past = []
     for n in (2, 4, 3):

@@ -92,6 +92,8 @@ def assert_same_state(a: list[Any], b: list[Any], but_free_slots: bool = False) 
 def clear_free_slots(state: dict[str, Any]) -> None:
     for histories in state["layers"].values():
         for history in histories.values():
+            if "slot" not in history:
+                continue
             history["scalars"].index_fill_(2, history["slot"], 0)
             for field in ("patch", "covariance"):
                 history[field].index_fill_(1, history["slot"], 0)

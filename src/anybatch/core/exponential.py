@@ -43,8 +43,6 @@ from .tensors import at_hand, finite
 
 __all__ = ["Past", "advance"]
 
-_LEAST = 1 / 64  # of the variance, that the positions must have seen of it to say how it changes
-
 
 class Past(NamedTuple):
     """All batches so far. Of a batch spread over ranks each has its part of ``patch`` and ``covariance``."""
@@ -109,7 +107,7 @@ def advance(
     apart = (today[1] - carried.means[1]) * keep
     lean = None if part is None else seen.offset - offset
     through = float(rule.gradient) if used is None else used * float(rule.gradient)
-    mapped = bool(past.covariance.numel())
+    mapped = bool(rows.shape[1])
     by = _answers(carried, now, s, through, apart, lean, offset, scatter, means, variances) if mapped else None
     # A compiler computes in the backward, from a past that has moved on, what the forward has no need of.
     ok = finite(means + variances if by is None else by)
@@ -163,7 +161,7 @@ def _carry(
         twice = 2 * (new_var > 0).to(new_var.dtype)
         new_var, mean_by, var_by, by_patch_ = new_var.clamp_min(0), torch.zeros_like(mean), twice, -twice * delta
     else:
-        per = torch.where(var_at > _LEAST * var, var_at.reciprocal(), torch.zeros_like(var))
+        per = _inverse(var_at, var)
         ratio = torch.where(per > 0, new_var_at * per, torch.ones_like(var))
         rest = mean - mean_at
         mean_by, by_patch_ = rest * per, None
@@ -196,7 +194,7 @@ def _answers(
     no, one = torch.zeros_like(by_gap), torch.ones_like(by_gap)
     past = torch.stack([one, by_patch_]) * ((1 - s) * through)
     d = torch.stack([carried.mean_by, torch.addcmul(carried.var_by, by_gap, carried.mean_by)]) * through
-    own, per = d * s, torch.where(variances[1] > _LEAST * variances[0], variances[1].reciprocal(), no)
+    own, per = d * s, _inverse(variances[1], variances[0])
     rows = (
         *(*torch.addcmul(past, own, apart), no, no),
         *(*own * -(apart if lean is None else apart + lean), one, no if lean is None else lean),
@@ -205,6 +203,12 @@ def _answers(
         *(*past, one, no),
     )
     return torch.stack(rows).view(5, 4, -1)
+
+
+def _inverse(var_at: Tensor, var: Tensor) -> Tensor:
+    """1 / var_at, or zero where the positions have seen too little of the variance to say how it changes."""
+    # A literal: a compiler asked for dynamic sizes takes a global number for one of them.
+    return torch.where(var_at > var / 64, var_at.reciprocal(), torch.zeros_like(var))
 
 
 def _where(ok: Tensor | bool, new: Sequence[Any], old: Iterable[Tensor | float]) -> Sequence[Any]:

@@ -129,16 +129,17 @@ def normalise_pooled(
     return out
 
 
-def average_(averages: Averages, new: Tensor) -> Tensor:
+def average_(averages: Averages, new: Tensor, inverse: Tensor) -> Tensor:
     """Take a backward's E[g], E[g y_hat] (2, C) into their averages, and give these at the same loss scale.
 
     The plain mean of the first ``over`` backwards, an exponential average with weight 1 / over from then on. A
-    backward with a gradient that is not finite leaves them as they were.
+    backward with a gradient that is not finite leaves them as they were, and so does one through moments that were
+    not: of those ``inverse``, 1 / sqrt(var + eps), is zero.
     """
     kept, backwards, over, scale = averages
     if scale is not None:
         new = new / scale
-    ok = finite(new)
+    ok = finite(new / inverse)
     backwards.add_(ok)
     if isinstance(ok, Tensor):
         kept.add_(torch.where(ok, new - kept, 0.0) / backwards.clamp(1, over))
@@ -207,7 +208,7 @@ class _NormalisePooled(torch.autograd.Function):
         f = sums * scales * sums.new_tensor([[-1.0], [-0.5]])
         if ctx.over:
             averages = Averages(ctx.reductions, ctx.backwards, ctx.over, ctx.loss_scale)
-            later = average_(averages, sums / m) * (1 - share)
+            later = average_(averages, sums / m, inverse) * (1 - share)
             if not isinstance(m, int) or m < 2:  # it may be normalised by constants, and nothing but a g flows
                 later = later * share.sign()
             through = through + later  # and the rest of the average

@@ -43,7 +43,7 @@ from .exponential import Exponential
 from .feed import Feed
 from .history import History, HistoryLayer, Today
 from .options import check_choice, check_flag, check_whole
-from .replay import first_run, once
+from .replay import first_run, kept, once
 from .ring import Ring
 
 __all__ = ["CBN", "CrossIterationBatchNorm"]
@@ -220,7 +220,7 @@ class CrossIterationBatchNorm(HistoryLayer):
         bias = None if feed.bias is None else feed.bias.to(dtype)
         return Map(feed.geometry.plain_rows(feed.weight).to(dtype), bias)
 
-    @torch.no_grad()
+    # once() needs gradients enabled: a checkpoint without them marks nothing. Here is nothing that has any.
     def _first(
         self, y: Tensor, own: Moments, now: Moments, whole: Whole, map: Map, feed: Feed | None, history: History
     ) -> tuple[Pooled, Response | None]:
@@ -238,6 +238,7 @@ class CrossIterationBatchNorm(HistoryLayer):
         self.track_(now, whole.examples, ok, total=not self.torch_running, momentum_batch=self.momentum_batch)
         return pooled, response
 
+    @torch.no_grad()
     def _pool(self, history: History, today: Today, seen: Any) -> tuple[Pooled, Response | None, Tensor | bool, Any]:
         rule = Rule(self.window, self.pooling == "samples", self.second_moment, self.gradient == "history", self.group)
         pooled, response, ok, new = history.pool(today, seen, rule)
@@ -248,7 +249,15 @@ class CrossIterationBatchNorm(HistoryLayer):
             mean = torch.where(alone, self.running_mean, pooled.mean)
             var = torch.where(alone, self.running_var, pooled.var)
             pooled = Pooled(mean, var, pooled.share * ~alone)
-        return pooled, response, ok, new
+        if not is_compiling():
+            return pooled, response, ok, new
+        if response is None:
+            return Pooled(*kept(*pooled)), None, ok, new
+        patches, covariance, *rest = response
+        own = covariance if len(covariance) == 1 else None
+        mean, var, share, patches, own, *rest = kept(*pooled, patches, own, *rest)
+        response = Response(patches, covariance if own is None else own, *rest)
+        return Pooled(mean, var, share), response, ok, new
 
     def new_history(self, channels: int, groups: int, k: int, like: Tensor) -> History:
         """Of the layer's kind."""

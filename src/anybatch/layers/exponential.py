@@ -59,11 +59,16 @@ class Exponential(History):
     @torch.no_grad()
     def pool(self, today: Today, seen: Any, rule: Rule) -> tuple[Pooled, Response | None, Tensor | bool, Any]:
         """See :func:`anybatch.core.exponential.advance`; the covariance may be changed in place already."""
-        past = Past(self.count, self.scalars[0], self.scalars[1], self.patch, self.covariance)
-        free = not torch.compiler.is_compiling() and (self._lent is None or self._lent() is None)
+        compiling, mapped = torch.compiler.is_compiling(), today.rows.shape[1]
+        # Of what it need not touch, and of what it is given back as it was, a compiler loses track in a checkpoint.
+        covariance = today.rows if compiling and not mapped else self.covariance
+        past = Past(self.count, self.scalars[0], self.scalars[1], self.patch, covariance)
+        free = not compiling and (self._lent is None or self._lent() is None)
         rest = today.used, today.part, today.take, free
         pooled, response, new, ok = advance(past, today.now, seen, today.rows, today.bias, rule, *rest)
-        if response is not None and not torch.compiler.is_compiling():
+        if compiling:
+            new = new._replace(covariance=new.covariance.clone())
+        elif response is not None:
             lent = new.covariance.detach()
             self._lent = weakref.ref(lent)
             response = response._replace(covariance=lent)
@@ -73,8 +78,9 @@ class Exponential(History):
         """Keep the new past; where the batch was not ``ok``, it is the old one."""
         tensors = new.size, torch.stack([new.means, new.variances]), new.patch, new.covariance
         for field, tensor in zip(self.fields, tensors, strict=False):
-            if torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling():
+                with torch.inference_mode(False):  # what is made in inference mode training cannot write
+                    setattr(self, field, tensor.clone() if tensor.is_inference() else tensor)
+            elif tensor.numel():
                 getattr(self, field).copy_(tensor)
-            else:
-                setattr(self, field, tensor)
         self.forwards.add_(ok)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import AnybatchError
 
-__all__ = ["Replay", "as_they_are", "first_run", "once"]
+__all__ = ["Replay", "as_they_are", "first_run", "kept", "once"]
 
 _KEPT = 16  # first runs that wait for their second; more at once than the levels of a detection head
 
@@ -63,6 +63,29 @@ def once(function: Callable[..., Any], *args: Any) -> Any:
     from .compiling import computed_once  # torch's compiler is not imported before it is used
 
     return computed_once(function, *args)
+
+
+@custom_op("anybatch::kept", mutates_args=())
+def _kept(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])
+
+
+@_kept.register_fake
+def _(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0].new_empty(sum(t.numel() for t in tensors))
+
+
+def kept(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Tensors that a graph's backward takes from its forward.
+
+    A compiler else computes some of them again, from a state that the forward has changed by then; what is not of its
+    own it lets be.
+    """
+    if not torch.compiler.is_compiling():
+        return list(tensors)
+    given = [t for t in tensors if t is not None]
+    parts = iter(_kept(given).split([t.numel() for t in given]))
+    return [None if t is None else next(parts).view(t.shape) for t in tensors]
 
 
 def as_they_are(*tensors: Tensor) -> Sequence[Tensor]:
