@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anybatch import kernels
+from anybatch.core.passes import Affine, Passes
 from anybatch.kernels import triton_norm, triton_responses
 from anybatch.kernels.choose import passes_for
-from anybatch.kernels.passes import Affine, Passes
 from anybatch.kernels.responses import responses_of_all
 from anybatch.kernels.triton_norm import TRITON
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anybatch.kernels.passes import REFERENCE, Affine, Passes
+from anybatch.core.passes import REFERENCE, Affine, Passes
 
 from .tolerances import HALF, REORDERED
 

@@ -17,11 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import anybatch as ab
 from anybatch import kernels
+from anybatch.core.passes import REFERENCE
 from anybatch.core.taylor import Entries, responses
 from anybatch.kernels import choose as choosing
 from anybatch.kernels import cuda_norm
 from anybatch.kernels.choose import choose
-from anybatch.kernels.passes import REFERENCE
 from anybatch.kernels.responses import responses_of_all
 
 from . import kernel_checks as checks
@@ -192,17 +192,16 @@ def test_chosen_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """By device, dtype and size, on tensors that are fake."""
     with FakeTensorMode():
         y = torch.empty(2, 3, 4, 4, device="cuda", dtype=torch.bfloat16)
-        assert choose(y) == "reference"  # no memory to read
-        monkeypatch.setattr(choosing, "_plain", lambda _: True)
-        assert choose(y) == choose(y.float()) == choose(y.half()) == "triton"
-        assert choose(y.double()) == choose(torch.empty(0, 3, device="cuda")) == choose(y.cpu()) == "reference"
-        assert choose(torch.empty(1, 1, 2**30, device="cuda")) == "reference"
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert choose(y) == "reference"
-        monkeypatch.undo()
-        monkeypatch.setattr(choosing, "_plain", lambda _: True)
-        monkeypatch.setattr(choosing, "_TRITON", False)
-        assert choose(y) == "aten"
+        assert choose(y) == "reference"  # nobody asked for another
+        with kernels.use("triton"):
+            assert choose(y) == "reference"  # no memory to read
+            monkeypatch.setattr(choosing, "_plain", lambda _: True)
+            assert choose(y) == choose(y.float()) == choose(y.half()) == "triton"
+            assert choose(y.double()) == choose(torch.empty(0, 3, device="cuda")) == "reference"
+            assert choose(torch.empty(1, 1, 2**30, device="cuda")) == "reference"
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        with kernels.use("aten"):
+            assert choose(y) == "aten"
 
 
 def test_what_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .affine import normalise, reduce, through_moments
 from .moments import Moments
+from .passes import REFERENCE, Affine, Passes
 from .ranks import Group, rank_count, total
 from .tensors import finite
 
@@ -101,6 +101,7 @@ def normalise_pooled(
     averages: Averages | None = None,
     group: Group = None,
     on_backward: Callable[[], None] | None = None,
+    passes: Passes = REFERENCE,
 ) -> Tensor:
     """Normalise y (N, C, *) by ``pooled`` moments; the equations above.
 
@@ -116,13 +117,14 @@ def normalise_pooled(
         averages: give R1, R2; None leaves out 'later'.
         group: the ranks that the batch is spread over.
         on_backward: called once a backward.
+        passes: the implementation of what reads y.
     """
     # One tensor an argument: a compiler follows no others.
     sized = (None, now.size) if isinstance(now.size, Tensor) else (now.size, None)
     mapped = [None] * 8 if map is None or response is None else [*map, *response]
     out: Tensor = _NormalisePooled.apply(  # type: ignore[no-untyped-call]
         *(y, weight, bias, *mapped, now.mean, *pooled),
-        *(*sized, *(averages or (None, None, 0, None)), eps, group, on_backward),
+        *(*sized, *(averages or (None, None, 0, None)), eps, group, on_backward, passes),
     )
     return out
 
@@ -174,6 +176,7 @@ class _NormalisePooled(torch.autograd.Function):
         eps: float,
         group: Group,
         on_backward: Callable[[], None] | None,
+        passes: Passes,
     ) -> Tensor:
         # Saved, and not kept as attributes: a loss that someone keeps after its backward then holds none of them.
         ctx.save_for_backward(
@@ -183,7 +186,8 @@ class _NormalisePooled(torch.autograd.Function):
         ctx.reductions, ctx.backwards, ctx.over, ctx.loss_scale = reductions, backwards, over, loss_scale
         ctx.size, ctx.eps, ctx.group, ctx.on_backward = size, eps, group, on_backward
         ctx.rows_shape = None if rows is None else rows.shape
-        return normalise(y, mean, var, weight, bias, eps)
+        ctx.passes = passes
+        return passes.normalise(y, Affine(mean, var, weight, bias, eps), False)
 
     @staticmethod
     @once_differentiable
@@ -193,7 +197,8 @@ class _NormalisePooled(torch.autograd.Function):
         m = ctx.size if size_of_ranks is None else size_of_ranks
         if ctx.on_backward is not None:
             ctx.on_backward()
-        own = reduce(g, y, mean, var, ctx.eps)
+        affine = Affine(mean, var, weight, None, ctx.eps)
+        g, own = ctx.passes.reduce(g, y, affine, False)
         sums = total(torch.stack(own), ctx.group)  # (2, C) sum g, sum g y_hat
 
         inverse = torch.rsqrt(var + ctx.eps)
@@ -222,10 +227,11 @@ class _NormalisePooled(torch.autograd.Function):
                 grad_bias = of[-1] if ctx.group is None else of[-1] / rank_count(ctx.group)
         if ctx.needs_input_grad[0]:
             offset, slope = (through * -scales).unbind()
-            grad_y = through_moments(g, y, now_mean, slope, torch.addcmul(offset, slope, apart), a)
+            offset = torch.addcmul(offset, slope, apart)
+            grad_y = ctx.passes.input_gradient(g, y, affine, now_mean, slope, offset, False)
         grad_weight = own.g_y_hat if ctx.needs_input_grad[1] else None
         grad_beta = own.g if ctx.needs_input_grad[2] else None
-        return grad_y, grad_weight, grad_beta, grad_rows, grad_bias, *[None] * 19
+        return grad_y, grad_weight, grad_beta, grad_rows, grad_bias, *[None] * 20
 
 
 def _write_grad(

@@ -2,10 +2,11 @@
 
     reference   core's functions: on CPU torch's own fused BatchNorm kernels, in a compiled graph plain operators that
                 the compiler fuses with what stands around them, anywhere float64
-    triton      on CUDA where Triton is there: each pass one kernel
-    aten        on CUDA without Triton: the operators of torch's SyncBatchNorm
+    triton      on CUDA, asked for: each pass one kernel
+    aten        on CUDA, asked for: the operators of torch's SyncBatchNorm
 
-Not measured on a GPU yet: the order is what the bytes that each moves say.
+What is asked for, by :func:`use`, has passed its tests in Triton's interpreter and against stand-ins, and has not run
+on a GPU yet: until it has, nobody gets it without asking.
 """
 
 import os
@@ -16,19 +17,19 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ..core.passes import REFERENCE, Passes
 from ..errors import AnybatchError
 from .cuda_norm import ATEN
-from .passes import REFERENCE, Passes
 
 __all__ = ["IMPLEMENTATIONS", "choose", "passes_for", "responses_by_triton", "use"]
 
-IMPLEMENTATIONS = ("auto", "reference", "aten", "triton")
+IMPLEMENTATIONS = ("reference", "aten", "triton")
 _FUSED = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON = find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then its kernels run on CPU
 
 # A global and not a context variable: a backward runs in another thread than its forward.
-_forced = "auto"
+_asked_for = "reference"
 _passes = {"reference": REFERENCE, "aten": ATEN}
 
 
@@ -38,15 +39,15 @@ def choose(y: Tensor) -> str:
     Raises:
         AnybatchError: :func:`use` has asked for one that does not run on the device of ``y``.
     """
-    if _forced == "reference" or (_forced == "auto" and (torch.compiler.is_compiling() or not y.is_cuda)):
+    if _asked_for == "reference":
         return "reference"
-    if not y.is_cuda and not (_forced == "triton" and _INTERPRETED):
-        raise AnybatchError(f"kernels.use({_forced!r}): got a tensor on {y.device}; give 'auto', or one on CUDA.")
+    if not y.is_cuda and not (_asked_for == "triton" and _INTERPRETED):
+        raise AnybatchError(
+            f"kernels.use({_asked_for!r}): got a tensor on {y.device}; give 'reference', or one on CUDA."
+        )
     if y.dtype not in _FUSED or not 0 < y.numel() < 2**30 or not _plain(y):  # the kernels count in 32 bits
         return "reference"
-    if _forced != "auto":
-        return _forced
-    return "triton" if _TRITON else "aten"
+    return _asked_for
 
 
 def _plain(tensor: Tensor) -> bool:
@@ -69,21 +70,21 @@ def passes_for(y: Tensor) -> Passes:
 def responses_by_triton(weight: Tensor, covariance: Tensor, patch: Tensor) -> bool:
     """Whether these responses are Triton's to compute: it reads rows that are contiguous, from one device."""
     layer = (weight, covariance, patch)
-    if _forced in ("reference", "aten") or not all(_readable(t) and t.device == weight.device for t in layer):
+    if _asked_for != "triton" or not all(_readable(t) and t.device == weight.device for t in layer):
         return False
-    return (weight.is_cuda and _TRITON) or (_forced == "triton" and _INTERPRETED)
+    return weight.is_cuda or _INTERPRETED
 
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Let every layer use one implementation, to compare or to rule one out; "auto" leaves it to the tensor.
+    """Let every layer use one implementation within; outside of this it is "reference".
 
     What no kernel is made for, such as float64 and empty batches, still goes to the reference.
 
     Raises:
         AnybatchError: there is no such implementation, or it does not run here.
     """
-    global _forced
+    global _asked_for
     if name not in IMPLEMENTATIONS:
         raise AnybatchError(f"kernels.use got {name!r}: give one of {', '.join(IMPLEMENTATIONS)}.")
     if name == "aten" and not torch.cuda.is_available():
@@ -92,11 +93,11 @@ def use(name: str) -> Iterator[None]:
         if not _TRITON:
             raise AnybatchError("kernels.use('triton'): no triton here; pip install triton, or give 'aten'.")
         _load_triton()
-    before, _forced = _forced, name
+    before, _asked_for = _asked_for, name
     try:
         yield
     finally:
-        _forced = before
+        _asked_for = before
 
 
 def _load_triton() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.affine import Reductions
 from ..core.moments import Moments
-from .passes import Affine, Passes, dense, dense_like
+from ..core.passes import Affine, Passes, dense, dense_like
 
 __all__ = ["ATEN"]
 

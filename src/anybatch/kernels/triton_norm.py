@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..core.affine import Reductions
 from ..core.moments import Moments
+from ..core.passes import Affine, Passes, dense, dense_like
 from .operators import operator
-from .passes import Affine, Passes, dense, dense_like
 from .triton_device import input_gradient_tile, join_moments, moments_of_parts, normalise_tile, reduce_parts
 
 __all__ = ["TRITON", "on_device_of"]

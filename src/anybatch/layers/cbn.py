@@ -32,10 +32,11 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..core.moments import Moments, moments
+from ..core.moments import Moments
 from ..core.pooled import Map, Pooled, Response, Rule, normalise_pooled
 from ..core.ranks import Whole, pool_ranks
 from ..errors import AnybatchError
+from ..kernels.choose import passes_for
 from .base import NormLayer
 from .config import NormConfig
 from .exponential import Exponential
@@ -196,7 +197,8 @@ class CrossIterationBatchNorm(HistoryLayer):
         return torch.cat(parts)
 
     def _part(self, y: Tensor, index: int, feed: Feed | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        own = moments(y.detach())
+        passes = passes_for(y)
+        own = passes.moments(y.detach())
         whole = pool_ranks(*own, len(y), self.group)
         now, map = (own if self.group is None else whole.now), self._map(feed, own)
         history = self.history_of(index).like(now.mean)
@@ -208,7 +210,7 @@ class CrossIterationBatchNorm(HistoryLayer):
         pooled, response = found
         averages = self.averages(history) if self.average_reductions and response is not None else None
         on_backward = None if torch.compiler.is_compiling() else self._replay.backward_begins
-        args = (now, pooled, map, response, averages, self.group, on_backward)
+        args = (now, pooled, map, response, averages, self.group, on_backward, passes)
         return normalise_pooled(y, weight, bias, self.eps, *args)
 
     def _map(self, feed: Feed | None, own: Moments) -> Map:
@@ -261,23 +263,9 @@ class CrossIterationBatchNorm(HistoryLayer):
 
 @dataclass(frozen=True)
 class CBN(NormConfig):
-    """Cross-Iteration BatchNorm; every option as in :class:`anybatch.nn.CrossIterationBatchNorm`.
+    """Cross-Iteration BatchNorm.
 
-    Args:
-        window: batches pooled, the current one included.
-        kind: 'exponential' or 'ring', how the past is kept.
-        positions: of every batch, that the answer to the weights is read from; None: all.
-        storage: 'full' or 'bfloat16', of what is as large as the weights.
-        gradient: 'history' or 'current'.
-        compensate: carry past moments over to today's weights.
-        pooling: 'samples' or 'equal'.
-        expansion: 'deviation' or 'second_moment'.
-        average_reductions: backwards over which the reductions for earlier layers are averaged; 0 for none.
-        momentum_batch: examples at which momentum is torch's; None: every forward counts the same.
-        running: 'total' or 'torch'.
-        burn_in_steps: training forwards of plain BatchNorm at first.
-        examples_per_group: a larger batch is taken as so many examples at a time; None: as one.
-        sync: pool moments over ranks.
+    Args: every option as in :class:`anybatch.nn.CrossIterationBatchNorm`; ``sync`` pools moments over ranks.
     """
 
     layer: ClassVar[type[NormLayer]] = CrossIterationBatchNorm

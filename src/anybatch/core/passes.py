@@ -8,7 +8,7 @@ With y_hat = (y - mean) / sqrt(var + eps), a = weight / sqrt(var + eps) and, whe
     input_gradient   dy = a g + slope (y - centre) + offset      reads g, y, writes dy
 
 Between the two passes of the backward stand (C,) tensors alone: slope and offset are any function of the sums, and so
-every share, window and average of :mod:`anybatch.core.pooled` goes through the same two kernels.
+every share, window and average of :mod:`anybatch.core.pooled` goes through the same two. Others are in ``kernels``.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import affine as core
-from ..core.affine import Reductions
-from ..core.moments import Moments, moments
+from . import affine as core
+from .affine import Reductions
+from .moments import Moments, moments
 
 __all__ = ["REFERENCE", "Affine", "Passes", "dense", "dense_like", "through_relu"]
 
@@ -74,15 +74,15 @@ def _normalise(y: Tensor, affine: Affine, relu: bool) -> Tensor:
 
 
 def _reduce(g: Tensor, y: Tensor, affine: Affine, relu: bool) -> tuple[Tensor, Reductions]:
-    mean, var, weight, _, eps = affine
-    return core.normalise_backward(through_relu(g, y, affine) if relu else g, y, mean, var, weight, eps)
+    g = through_relu(g, y, affine) if relu else g
+    return g, core.reduce(g, y, affine.mean, affine.var, affine.eps)
 
 
 def _input_gradient(
-    scaled: Tensor, y: Tensor, affine: Affine | None, centre: Tensor, slope: Tensor, offset: Tensor, relu: bool
+    g: Tensor, y: Tensor, affine: Affine | None, centre: Tensor, slope: Tensor, offset: Tensor, relu: bool
 ) -> Tensor:
-    # core's reduction has given a g already: one operator of torch does both.
-    return core.through_moments(scaled, y, centre, slope, offset)
+    scale = None if affine is None else core.scale_and_shift(*affine)[0]
+    return core.through_moments(g, y, centre, slope, offset, scale)
 
 
 REFERENCE = Passes(moments, _normalise, _reduce, _input_gradient)
