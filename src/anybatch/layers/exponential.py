@@ -81,6 +81,6 @@ class Exponential(History):
             if not torch.compiler.is_compiling():
                 with torch.inference_mode(False):  # what is made in inference mode training cannot write
                     setattr(self, field, tensor.clone() if tensor.is_inference() else tensor)
-            elif tensor.numel():
-                getattr(self, field).copy_(tensor)
+            elif tensor.numel():  # of no dimension and in float64 it is a number to a compiler, which drops the copy
+                getattr(self, field).view(-1).copy_(tensor.view(-1))
         self.forwards.add_(ok)
