@@ -15,8 +15,8 @@ def test_public_names_are_a_decision() -> None:
     assert ab.__all__ == [
         "BGN", "BN", "CBN", "GN", "IEBN", "METHODS", "AccumulatedBN", "AnybatchError", "BatchGroupNorm",
         "BatchRenorm", "ExampleWeighedBN", "GhostBN", "ProxyNorm", "Report", "attach", "convert_", "fold",
-        "history_state_dict", "load_history_state_dict", "nn", "param_groups", "parse_method", "recalibrate_",
-        "revert_", "tune_example_weight", "weigh_examples_",
+        "history_state_dict", "kernels", "load_history_state_dict", "nn", "param_groups", "parse_method",
+        "recalibrate_", "revert_", "tune_example_weight", "weigh_examples_",
     ]  # fmt: skip
     assert ab.nn.__all__ == [
         "AccumulatedBatchNorm", "BatchAndGroupNorm", "BatchGroupNormalization", "BatchRenormalization",

@@ -19,10 +19,9 @@ the layers before, no history carries what later batches will take from this one
 it is estimated by gamma / sqrt(var_bar + eps) (1 - s) (-R1 - y_hat R2), with s the current batch's share and R1, R2 the
 averages of E[g], E[g y_hat] over ``average_reductions`` backwards.
 
-Deviations from the paper, each an option: exponential shares (``kind``), sampled answers (``positions``), the standard
-deviation expanded instead of E[y^2] (``expansion``), the gradient through the history (``gradient``), the averaged
-reductions, shares by count (``pooling``), and running statistics whose momentum counts examples (``momentum_batch``)
-and whose variance is the total one.
+Deviations from the paper, each an option: exponential shares, sampled answers, the standard deviation expanded instead
+of E[y^2] (``expansion``), the gradient through the history, the averaged reductions, shares by count (``pooling``), and
+running statistics whose momentum counts examples (``momentum_batch``) and whose variance is the total one.
 """
 
 from dataclasses import dataclass
@@ -225,14 +224,10 @@ class CrossIterationBatchNorm(HistoryLayer):
         self, y: Tensor, own: Moments, now: Moments, whole: Whole, map: Map, feed: Feed | None, history: History
     ) -> tuple[Pooled, Response | None]:
         """What to normalise a batch by that is seen for the first time; it goes into history and statistics."""
-        today = Today(
-            now,
-            map.rows.detach().flatten(1),
-            None if map.bias is None else map.bias.detach(),
-            whole.share,
-            history.forwards >= self.burn_in_steps if self.burn_in_steps else None,
-            first_run(now.mean.new_ones((), dtype=torch.bool), repeatable=False) if is_compiling() else None,
-        )
+        bias = None if map.bias is None else map.bias.detach()
+        used = history.forwards >= self.burn_in_steps if self.burn_in_steps else None
+        take = first_run(now.mean.new_ones((), dtype=torch.bool), repeatable=False) if is_compiling() else None
+        today = Today(now, map.rows.detach().flatten(1), bias, whole.share, used, take)
         pooled, response, ok, new = once(self._pool, history, today, history.observe(y, own, now, whole, feed))
         history.push_(today, ok, new)
         self.track_(now, whole.examples, ok, total=not self.torch_running, momentum_batch=self.momentum_batch)
@@ -246,8 +241,7 @@ class CrossIterationBatchNorm(HistoryLayer):
         if few and self.running_mean is not None and self.running_var is not None:
             # One value has no variance of its own: without history it is normalised by the running statistics.
             alone = (pooled.share == 1) & (today.now.size < 2)
-            mean = torch.where(alone, self.running_mean, pooled.mean)
-            var = torch.where(alone, self.running_var, pooled.var)
+            mean, var = torch.where(alone, torch.stack([self.running_mean, self.running_var]), torch.stack(pooled[:2]))
             pooled = Pooled(mean, var, pooled.share * ~alone)
         if is_compiling():
             pooled, response = as_computed(pooled, response)
