@@ -261,6 +261,18 @@ def test_eager_steps_compiled_steps_and_a_load_have_one_history(name: str) -> No
     same(train(resumed, compiled(resumed), images[4:])[0], wanted)
 
 
+@pytest.mark.parametrize("name", ["cbn", "cbn-naive", "cbn-paper", "accumulated", "renorm"])
+def test_in_float64(name: str) -> None:
+    """Where a tensor of no dimension may pass for one of Python's numbers."""
+    images = [x.double() for x in batches([(12, 10)] * 3)]
+    results = []
+    for compiling in (False, True):
+        net = net_of(name, Checkpointed, images[0].float()).double()
+        run = compiled(net) if compiling else net
+        results.append(train(net, lambda x, run=run: run(x).float(), images)[0])
+    same(*results)
+
+
 @pytest.mark.parametrize("name", ["cbn"])
 def test_inductor(name: str) -> None:
     """The compiler that users get, on a ResNet."""
