@@ -63,7 +63,9 @@ def test_saved_activations_are_alive_until_the_backward() -> None:
     assert meter.alive == 2 * 1024  # x and its gradient
 
 
-@pytest.mark.parametrize(("method", "units"), [("bn", 0.0), ("released(window=3)", 6.0), ("cbn(window=3)", 3.0)])
+@pytest.mark.parametrize(
+    ("method", "units"), [("bn", 0.0), ("released(window=3)", 6.0), ("cbn(window=3,kind='ring')", 3.0)]
+)
 def test_history_is_in_units_of_the_weights(method: str, units: float) -> None:
     config = BenchConfig(what="layer", channels=16, image_size=8)
     steps = subject(config, Row(method), batches_of(config))

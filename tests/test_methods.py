@@ -128,7 +128,7 @@ def test_frozen_statistics_stay_while_the_batch_is_used() -> None:
     [
         ("groupnorm", "did you mean gn"),
         ("batchnorm", "did you mean bn"),
-        ("cbn(windw=3)", "the options of cbn are: window, kind"),
+        ("cbn(windw=3)", "the options of cbn are: window, gradient"),
         ("bn(groups=3)", "the options of bn are: none"),
     ],
 )

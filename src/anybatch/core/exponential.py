@@ -17,8 +17,8 @@ Today's batch, with share s = n / (lambda C + n), then makes with d = mean(W) - 
     mean = mean_t + (1 - s) d,    var = (1 - s) var(W) + s (var_t + (1 - s) d^2)
 
 and P, D, mean_at, var_at likewise of the positions. While weights stand still this is BatchNorm on the batches'
-weighted concatenation. 'second_moment' is, floor aside, the sum over batches of what core/taylor.py makes of each, with
-these shares; 'deviation' expands the pooled deviation where that one expands each batch's.
+weighted concatenation. Beside the sum over batches of what core/taylor.py makes of each, with these shares, the mean is
+the same and the variance is off by the second order: it is expanded from step to step, and of all batches together.
 
 Mean and variance are true moments; the positions say only how these change. In 'deviation' both are blind to the scale
 of W whatever positions were seen: <dvar/dW, W> = 2 var(W) and <dmean/dW, W> = mean(W) - b, exactly, by
@@ -148,6 +148,10 @@ def _carry(
     new_mean_at = by_patch(past.patch.unsqueeze(1), rows)[:, 0]
     new_var_at = torch.linalg.vecdot(past.covariance.to(rows.dtype), rows)
     offset, scatter = seen.offset, seen.spread
+    if scatter is None:  # <covariance, W>: of the outputs' own variance a map in half precision has rounded each
+        scatter = torch.linalg.vecdot(seen.left.t(), by_patch(seen.right.transpose(0, 1), rows))
+        if seen.covariance is not None:
+            scatter = torch.linalg.vecdot(seen.covariance, rows)
     if part is not None:
         parts = torch.stack([new_mean_at, new_var_at, offset * part, torch.addcmul(scatter, offset, offset) * part])
         new_mean_at, new_var_at, offset, scatter = total(parts, rule.group).unbind()
@@ -208,7 +212,8 @@ def _answers(
 def _inverse(var_at: Tensor, var: Tensor) -> Tensor:
     """1 / var_at, or zero where the positions have seen too little of the variance to say how it changes."""
     # A literal: a compiler asked for dynamic sizes takes a global number for one of them.
-    return torch.where(var_at > var / 64, var_at.reciprocal(), torch.zeros_like(var))
+    # Below 1e-30 eps is all there is, and one weak channel's reciprocal must not make the whole batch not finite.
+    return torch.where(var_at > (var / 64).clamp_min(1e-30), var_at.reciprocal(), torch.zeros_like(var))
 
 
 def _where(ok: Tensor | bool, new: Sequence[Any], old: Iterable[Tensor | float]) -> Sequence[Any]:

@@ -32,7 +32,7 @@ class Seen(NamedTuple):
     """Moments of outputs and patches together, over some positions."""
 
     offset: Tensor  # (C,) their mean output less a reference
-    spread: Tensor  # (C,) the variance of their outputs
+    spread: Tensor | None  # (C,) the variance of their outputs; None: rounded, to be had from W
     patch: Tensor  # (G, K)
     left: Tensor  # (S, C), right: (S, G, K); sum_s left_s right_s is the covariance
     right: Tensor
@@ -139,7 +139,7 @@ def sampled(x: Tensor, y: Tensor, reference: Tensor, geometry: LinearMap, sample
     now = moments(outputs)
     patch = patches.mean(0)
     left = (outputs - now.mean) / len(outputs)
-    return Seen(now.mean, now.var, patch, left, patches - patch)
+    return Seen(now.mean, now.var if y.dtype == reference.dtype else None, patch, left, patches - patch)
 
 
 def everywhere(x: Tensor, y: Tensor, mean: Tensor, var: Tensor, geometry: LinearMap, weight: Tensor) -> Seen:
@@ -150,7 +150,7 @@ def everywhere(x: Tensor, y: Tensor, mean: Tensor, var: Tensor, geometry: Linear
     covariance = geometry.covariance(x, centred, weight).to(mean.dtype)
     covariance -= spread(patch, channel_mean(centred))
     none = nothing(patch, len(mean))
-    return none._replace(spread=var, patch=patch, covariance=covariance)
+    return none._replace(spread=var if y.dtype == var.dtype else None, patch=patch, covariance=covariance)
 
 
 def nothing(patch: Tensor, channels: int) -> Seen:

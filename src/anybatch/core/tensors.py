@@ -25,7 +25,7 @@ def function_name(func: Callable[..., Any]) -> str:
 
 def at_hand(t: Tensor) -> bool:
     """Whether a value can be read without anyone waiting for it: no other device computes it, and no compiler."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+    return t.device.type == "cpu" and type(t) is Tensor and not torch.compiler.is_compiling()  # and it is no fake
 
 
 def finite(t: Tensor) -> Tensor | bool:

@@ -88,7 +88,12 @@ class RunResult:
 
 def run_key(config: RunConfig, dataset: Dataset) -> str:
     """Sixteen hexadecimal digits that name a run: configuration, what its method resolves to, and the data."""
-    norm = repr(config.norm(len(dataset.train_images))).replace(", sync=False", "")  # a later option, at its default
+    norm = repr(config.norm(len(dataset.train_images)))
+    for later in (
+        ", sync=False",
+        ", kind='ring', positions=16, storage='full'",
+    ):  # options as they were before they came
+        norm = norm.replace(later, "")
     facts = [config.facts(), norm, dataset.fingerprint]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -174,8 +174,11 @@ class CrossIterationBatchNorm(HistoryLayer):
             check_whole("CBN", name, options[name], least)
         for name in ("positions", "momentum_batch", "examples_per_group"):
             check_whole("CBN", name, options[name], none=True)
-        if options["kind"] == "ring" and options["storage"] != "full":
-            raise AnybatchError("CBN: kind='ring' keeps its batches in full; give kind='exponential' for bfloat16")
+        if options["storage"] != "full" and (options["kind"] == "ring" or options["window"] > 256):
+            # A batch's share must be more than half a unit in the last place, or what is kept stands still.
+            raise AnybatchError(
+                "CBN: storage='bfloat16' takes kind='exponential' and a window of at most 256; give 'full'"
+            )
         if options.get("sync") and options["examples_per_group"]:
             raise AnybatchError("CBN: sync=True with examples_per_group, of which ranks may have unequal numbers")
 
@@ -257,17 +260,11 @@ class CrossIterationBatchNorm(HistoryLayer):
 
 @dataclass(frozen=True)
 class CBN(NormConfig):
-    """Cross-Iteration BatchNorm.
-
-    Args: every option as in :class:`anybatch.nn.CrossIterationBatchNorm`; ``sync`` pools moments over ranks.
-    """
+    """Cross-Iteration BatchNorm; every option as in :class:`anybatch.nn.CrossIterationBatchNorm`."""
 
     layer: ClassVar[type[NormLayer]] = CrossIterationBatchNorm
 
     window: int = 8
-    kind: Literal["exponential", "ring"] = "exponential"
-    positions: int | None = 16
-    storage: Literal["full", "bfloat16"] = "full"
     gradient: Literal["history", "current"] = "history"
     compensate: bool = True
     pooling: Literal["samples", "equal"] = "samples"
@@ -278,6 +275,9 @@ class CBN(NormConfig):
     burn_in_steps: int = 0
     examples_per_group: int | None = None
     sync: bool = False
+    kind: Literal["exponential", "ring"] = "exponential"
+    positions: int | None = 16
+    storage: Literal["full", "bfloat16"] = "full"
 
     @classmethod
     def paper(cls, window: int = 8, burn_in_steps: int = 0) -> "CBN":

@@ -63,13 +63,15 @@ class Exponential(History):
         # Of what it need not touch, and of what it is given back as it was, a compiler loses track in a checkpoint.
         covariance = today.rows if compiling and not mapped else self.covariance
         past = Past(self.count, self.scalars[0], self.scalars[1], self.patch, covariance)
-        free = not compiling and (self._lent is None or self._lent() is None)
+        held = None if compiling or self._lent is None else self._lent()
+        free = not compiling and held is None
         rest = today.used, today.part, today.take, free
         pooled, response, new, ok = advance(past, today.now, seen, today.rows, today.bias, rule, *rest)
         if compiling:
             new = new._replace(covariance=new.covariance.clone())
         elif response is not None:
-            lent = new.covariance.detach()
+            # What was not changed stays with the graph that has it already.
+            lent = held if held is not None and new.covariance is self.covariance else new.covariance.detach()
             self._lent = weakref.ref(lent)
             response = response._replace(covariance=lent)
         return pooled, response, ok, new
