@@ -110,7 +110,7 @@ def test_the_last_micro_batchs_gradient(sizes: tuple[int, ...], kind: str) -> No
     torch.manual_seed(0)
     conv, norm = nn.Conv2d(3, 8, 3, dtype=D), nn.BatchNorm2d(8, dtype=D)
     net = nn.Sequential(conv, norm)
-    ab.convert_(net, ab.CBN(8, kind, positions=None, average_reductions=0), example_inputs=batch(2))
+    ab.convert_(net, ab.CBN(8, kind=kind, positions=None, average_reductions=0), example_inputs=batch(2))
     xs = [batch(n) for n in sizes]
     for x in xs:
         out = net(x)

@@ -45,7 +45,7 @@ def test_a_graph_outlives_a_batch_that_is_not_finite() -> None:
 
 @pytest.mark.parametrize("positions", [16, None])
 def test_outputs_rounded_in_half_precision_add_no_variance(positions: int | None) -> None:
-    """At a mean of 310 deviations bfloat16 rounds by as much as the deviation; what carries leaves it out (else 1.39)."""
+    """At a mean of 310 deviations bfloat16 rounds by as much as the deviation; what carries leaves it out (1.39)."""
     torch.manual_seed(0)
     conv = nn.Conv2d(8, 8, 3)
     with torch.no_grad():

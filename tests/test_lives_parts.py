@@ -269,7 +269,7 @@ def test_five_levels_as_written_out(gradient: str) -> None:
     head = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)).double()
     plain = copy.deepcopy(head)
     levels = [torch.randn(2, 3, h, w, dtype=D) * h for h, w in ((16, 13), (8, 7), (4, 4), (3, 2), (2, 1))]
-    ab.convert_(head, ab.CBN(8, "ring", gradient=gradient, average_reductions=0), example_inputs=levels[0])
+    ab.convert_(head, ab.CBN(8, kind="ring", gradient=gradient, average_reductions=0), example_inputs=levels[0])
     cotangents = [torch.randn(2, 6, *x.shape[2:], dtype=D) for x in levels]
     outs = [head(x) for x in levels]
     torch.autograd.backward(outs, cotangents)
