@@ -110,22 +110,27 @@ class Exponential:
     equal: bool = False
     detach: bool = False
     size: float = 0.0
+    size_at: float = 0.0  # what is left of ``size`` as it was when positions were last looked at
 
-    def pool(self, y: Tensor, p: Tensor, at: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def pool(
+        self, y: Tensor, p: Tensor, at: Tensor | None, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Moments to normalise y by, differentiable; the batch is taken in.
 
         Args:
             y: (N, C, *) of the map.
             p: all its patches.
-            at: the positions (S,) that are looked at.
+            at: the positions (S,) that are looked at, None: none of this batch.
             weight: of the map, today.
             bias: of the map, today.
         """
         now_mean, now_var = batch_moments(y)
         n = 1.0 if self.equal else y.numel() / y.shape[1]
         s = n / (self.decay * self.size + n)
-        seen = y.movedim(1, -1).flatten(0, -2)[at].detach()
-        p = p[at]
+        s_at = 1 - self.decay * self.size_at / (self.decay * self.size + n)
+        looked = at is not None
+        seen = y.movedim(1, -1).flatten(0, -2)[at if looked else slice(None)].detach()
+        p = p[at if looked else slice(None)]
         seen_mean = seen.mean(0)
         covariance = ((seen - seen_mean).view(*seen.shape, *[1] * weight.dim()) * (p - p.mean(0))).mean(0)
         seen_var = (seen - seen_mean).square().mean(0)
@@ -148,11 +153,14 @@ class Exponential:
             mean = (1 - s) * then_mean + s * now_mean
             var = (1 - s) * (then_var + then_mean.square()) + s * (now_var + now_mean.square()) - mean.square()
             of_mean, of_var = of_mean.detach(), of_var.detach()
-            both = (1 - s) * of_mean + s * seen_mean
-            raised = (1 - s) * (of_var + of_mean.square()) + s * (seen_var + seen_mean.square()) - both.square()
+            both = (1 - s_at) * of_mean + s_at * seen_mean
+            raised = (1 - s_at) * (of_var + of_mean.square()) + s_at * (seen_var + seen_mean.square()) - both.square()
             apart = (seen_mean - of_mean).view(-1, *[1] * weight.dim())
-            new_cov = (1 - s) * cov + s * covariance + s * (1 - s) * apart * (p.mean(0) - patch)
-            state = (mean, var, both, raised, (1 - s) * patch + s * p.mean(0), new_cov)
+            new_cov = (1 - s_at) * cov + s_at * covariance + s_at * (1 - s_at) * apart * (p.mean(0) - patch)
+            state = (mean, var, both, raised, (1 - s_at) * patch + s_at * p.mean(0), new_cov)
+            if not looked:
+                state = (mean, var, of_mean, of_var, patch, cov)
         self.state = tuple(t.detach() for t in state)
         self.size = self.decay * self.size + n
+        self.size_at = self.size if looked else self.decay * self.size_at
         return mean, var

@@ -95,10 +95,10 @@ def test_averaged_reductions_change_what_flows_on_and_nothing_else(kind: str, wa
     """Own gradients stay; the input's gains (1 - s) a (-R1 - y_hat R2) through the map, R the running averages."""
     module, shape = make(kind)
     c = channels_of(module)
-    plain = CrossIterationBatchNorm(c, window=3, dtype=D, kind=way, positions=None, average_reductions=0).follows(
-        module
-    )
-    norm = CrossIterationBatchNorm(c, window=3, dtype=D, kind=way, positions=None, average_reductions=4)
+    plain = CrossIterationBatchNorm(
+        c, window=3, dtype=D, kind=way, positions=None, refresh=1, average_reductions=0
+    ).follows(module)
+    norm = CrossIterationBatchNorm(c, window=3, dtype=D, kind=way, positions=None, refresh=1, average_reductions=4)
     with torch.no_grad():
         for p, q in zip(plain.parameters(), norm.parameters(), strict=True):
             q.copy_(p.normal_())

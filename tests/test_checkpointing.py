@@ -290,8 +290,9 @@ def test_a_head_checkpointed_on_every_level(mode: str, levels: int) -> None:
     plain, net = trained_head("plain", levels)
     checkpointed, other = trained_head(mode, levels)
     if mode == "reentrant" and levels > 1:  # added up in another order, as above
+        scale = max(a.abs().max() for a in plain)  # a bias before a norm has a gradient of nothing but rounding
         for a, b in zip(plain, checkpointed, strict=True):
-            torch.testing.assert_close(a, b, **REORDERED)
+            torch.testing.assert_close(a / scale, b / scale, **REORDERED)
         return
     assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
     assert_equal(ab.history_state_dict(other), ab.history_state_dict(net))

@@ -66,7 +66,7 @@ def train(net: nn.Module, run: Any, images: list[Tensor], micro_batches: int = 1
     for layer in ab.history_state_dict(net)["layers"].values():
         for history in layer.values():
             # A slot without weight may hold what it held before.
-            counts = history["count"] > 0
+            counts = history["count"] > 0 if "slot" in history else slice(None)
             seen += [history["count"], history["scalars"][..., counts], history["covariance"][:, counts]]
             seen += [history["reductions"], history["forwards"]]
     return seen, graphs

@@ -26,30 +26,31 @@ def looked_at(y: Tensor, samples: int | None, number: int) -> Tensor:
 
 
 @every_map
-@pytest.mark.parametrize("samples", [None, 5])
+@pytest.mark.parametrize(("samples", "refresh"), [(None, 1), (5, 1), (None, 2), (5, 3)])
 @pytest.mark.parametrize("gradient", ["history", "current"])
 @pytest.mark.parametrize(("pooling", "expansion"), [("samples", "deviation"), ("equal", "second_moment")])
 def test_outputs_and_every_gradient(
-    kind: str, samples: int | None, gradient: str, pooling: str, expansion: str
+    kind: str, samples: int | None, refresh: int, gradient: str, pooling: str, expansion: str
 ) -> None:
     """Against float64 autograd through the written-out recursion, over unequal batches with weights that move."""
     module, shape = make(kind)
     c = channels_of(module)
     norm = CrossIterationBatchNorm(
-        c, window=4, dtype=D, positions=samples, gradient=gradient, pooling=pooling, expansion=expansion,
-        average_reductions=0,
+        c, window=4, dtype=D, positions=samples, refresh=refresh, gradient=gradient, pooling=pooling,
+        expansion=expansion, average_reductions=0,
     ).follows(module)  # fmt: skip
     with torch.no_grad():
         norm.weight.normal_(), norm.bias.normal_()
     by_hand = oracle.Exponential(
         3 / 4, second_moment=expansion == "second_moment", equal=pooling == "equal", detach=gradient == "current"
     )
-    for number, n in enumerate((3, 2, 5, 4, 3)):
+    for number, n in enumerate((3, 2, 5, 4, 3, 2)):
         x = (torch.randn(n, *shape, dtype=D) + 0.7).requires_grad_()
         out = norm(module(x))
         y = oracle.run(module, module.weight, module.bias, x)
         p = oracle.patches(module, module.weight, module.bias, x.detach())
-        mean, var = by_hand.pool(y, p, looked_at(y, samples, number), module.weight, module.bias)
+        at = None if number % refresh else looked_at(y, samples, number // refresh)
+        mean, var = by_hand.pool(y, p, at, module.weight, module.bias)
         expected = oracle.normalise(y, mean, var, norm.weight, norm.bias, norm.eps)
         torch.testing.assert_close(out, expected, **ORACLE)
         wanted = [x, module.weight, module.bias, norm.weight, norm.bias]

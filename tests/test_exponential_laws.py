@@ -14,16 +14,16 @@ SIZES = (7, 1, 3, 2, 4)
 
 
 @every_map
-@pytest.mark.parametrize("positions", [None, 5])
+@pytest.mark.parametrize(("positions", "refresh"), [(None, 1), (5, 2), (5, 3)])
 @pytest.mark.parametrize("pooling", ["samples", "equal"])
 @pytest.mark.parametrize("expansion", ["deviation", "second_moment"])
 def test_still_weights_make_it_batchnorm_on_the_weighed_concatenation(
-    kind: str, positions: int | None, pooling: str, expansion: str
+    kind: str, positions: int | None, refresh: int, pooling: str, expansion: str
 ) -> None:
     """Whatever positions were seen; a value of a batch counts (3/4)^age, and so does a batch with equal pooling."""
     module, shape = make(kind)
     norm = CrossIterationBatchNorm(
-        channels_of(module), window=4, dtype=D, positions=positions, pooling=pooling, expansion=expansion
+        channels_of(module), 4, dtype=D, positions=positions, refresh=refresh, pooling=pooling, expansion=expansion
     ).follows(module)
     batches = [torch.randn(n, *shape, dtype=D) * 2 + 1 for n in SIZES]
     with torch.no_grad():
@@ -54,7 +54,7 @@ def both_kinds(kind: str, expansion: str, steps: tuple[float, ...]) -> tuple[lis
     torch.manual_seed(1)
     module, shape = make(kind)
     norm = CrossIterationBatchNorm(
-        channels_of(module), 4, dtype=D, positions=None, expansion=expansion, average_reductions=0
+        channels_of(module), 4, dtype=D, positions=None, refresh=1, expansion=expansion, average_reductions=0
     ).follows(module)
     past = []
     for n, step in zip((7, 2, 3, 2, 4), steps, strict=True):
@@ -100,11 +100,11 @@ def test_moved_often_it_is_so_up_to_the_second_order(kind: str, expansion: str) 
 
 
 @every_map
-@pytest.mark.parametrize("positions", [None, 1, 7, 21])
+@pytest.mark.parametrize(("positions", "refresh"), [(None, 1), (1, 1), (7, 1), (21, 2), (7, 3), (None, 4)])
 @pytest.mark.parametrize("storage", ["full", "bfloat16"])
 @pytest.mark.parametrize("average_reductions", [0, 8])
 def test_loss_is_blind_to_the_weights_scale(
-    kind: str, positions: int | None, storage: str, average_reductions: int
+    kind: str, positions: int | None, refresh: int, storage: str, average_reductions: int
 ) -> None:
     """<dL/dW_c, W_c> vanishes up to eps whatever positions were seen, and up to the rounding of what is kept."""
     module, shape = make(kind)
@@ -113,8 +113,9 @@ def test_loss_is_blind_to_the_weights_scale(
             module.bias.zero_()
     c = channels_of(module)
     norm = CrossIterationBatchNorm(
-        c, 5, 1e-12, dtype=D, positions=positions, storage=storage, average_reductions=average_reductions
-    ).follows(module)
+        c, 5, 1e-12, dtype=D, positions=positions, refresh=refresh, storage=storage,
+        average_reductions=average_reductions,
+    ).follows(module)  # fmt: skip
     for _ in range(5):
         out = norm(module(torch.randn(3, *shape, dtype=D) + 0.3))
         out.backward(torch.randn_like(out))

@@ -21,10 +21,10 @@ def image(n: int = 2) -> Tensor:
     return torch.randn(n, 3, 9, 8)
 
 
-def net(storage: str) -> nn.Module:
+def net(storage: str, refresh: int = 1) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))
-    ab.convert_(model, ab.CBN(window=4, positions=20, storage=storage), example_inputs=image())
+    ab.convert_(model, ab.CBN(window=4, positions=20, refresh=refresh, storage=storage), example_inputs=image())
     return model
 
 
@@ -77,6 +77,7 @@ def without_gradient(model: nn.Module) -> None:
 
 
 @every_storage
+@pytest.mark.parametrize("refresh", [1, 2])
 @pytest.mark.parametrize(
     "step",
     [
@@ -86,7 +87,7 @@ def without_gradient(model: nn.Module) -> None:
     ids=lambda step: step.__name__,
 )
 def test_writing_in_place_changes_nothing(
-    step: Callable[[nn.Module], None], storage: str, monkeypatch: pytest.MonkeyPatch
+    step: Callable[[nn.Module], None], refresh: int, storage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gradients and history, bit for bit, are those of a history that never writes over its covariance."""
     runs = []
@@ -94,7 +95,7 @@ def test_writing_in_place_changes_nothing(
         if not in_place:
             advance = exponential.advance
             monkeypatch.setattr(exponential, "advance", lambda *args, advance=advance: advance(*args[:-1], False))
-        model = net(storage)
+        model = net(storage, refresh)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         torch.manual_seed(1)
         grads = []
@@ -154,7 +155,7 @@ def test_bfloat16_differs_by_its_rounding() -> None:
         for _ in range(12):
             out = norm(conv(torch.randn(2, 3, 9, 8, dtype=D)))
             largest = largest.maximum(norm.histories[0].covariance.abs().max().to(D))
-        runs.append((out, norm.histories[0].covariance, norm.histories[0].scalars[:, 0], largest))
+        runs.append((out, norm.histories[0].covariance, norm.histories[0].scalars[:2], largest))
     (out, covariance, moments, largest), (rounded_out, rounded, rounded_moments, _) = runs
     assert rounded.dtype == torch.bfloat16
     assert covariance.dtype == D
@@ -169,7 +170,7 @@ def past_gradient(positions: int | None, number: int, expansion: str) -> Tensor:
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 4, 3, dtype=D)
     norm = CrossIterationBatchNorm(
-        4, window=8, dtype=D, positions=positions, expansion=expansion, average_reductions=0
+        4, window=8, dtype=D, positions=positions, refresh=1, expansion=expansion, average_reductions=0
     ).follows(conv)
     norm.history_of(0).forwards.fill_(number)
     x = torch.randn(2, 2, 3, 18, 18, dtype=D).cumsum(-1)

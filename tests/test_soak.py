@@ -2,6 +2,7 @@
 
 import pytest
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 import anybatch.layers.cbn
 from anybatch.core.moments import Moments, bessel, moments
@@ -60,11 +61,10 @@ def test_a_batch_that_counts_twice_is_found(method: str, precision: str, monkeyp
     """Where the second run of a checkpoint is taken for a forward of its own."""
     configuration = Configuration(method, "residual", precision, BATCHES, (0, 1, 0), "block")
     compare([trained(0, 1, configuration)], configuration)
-    with monkeypatch.context() as patched:
-        patched.setattr(Replay, "is_second_run", staticmethod(lambda: False))
-        results = [trained(0, 1, configuration)]
-    with pytest.raises(AssertionError, match=r"is off by|instead of"):
-        compare(results, configuration)
+    monkeypatch.setattr(Replay, "is_second_run", staticmethod(lambda: False))
+    found = r"is off by|instead of|different number of tensors"  # the last by torch: a batch that is not looked at
+    with pytest.raises((AssertionError, CheckpointError), match=found):
+        compare([trained(0, 1, configuration)], configuration)
 
 
 def test_a_refusal_has_to_come() -> None:

@@ -81,7 +81,7 @@ def reduce(g: Tensor, y: Tensor, mean: Tensor, var: Tensor, eps: float) -> Reduc
 def _backward_kernel(
     g: Tensor, y: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, eps: float, needs_y: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
+    weight = None if weight is None else weight.to(mean.dtype)
     g, y = _plain_stride(g), _plain_stride(y)
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
         g, y, weight, mean, var, None, None, False, eps, [needs_y, True, True]

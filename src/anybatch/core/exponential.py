@@ -6,7 +6,7 @@ included) and, over the positions that were looked at (core/sampling.py),
 
     P = E[p],   mean_at = <P, W_t> + b_t,   D = E[(y - E[y]) (p - E[p])],   var_at = <D, W_t>
 
-with W_t, b_t the weights they were last read with. At today's weights, with r = <D, W> / var_at:
+with W_t, b_t the weights they were last read with. At today's weights, with r = 1 + (<D, W> - var_at) / var_at:
 
     'deviation':      mean(W) = <P, W> + b + r (mean - mean_at),   var(W) = r^2 var
     'second_moment':  mean(W) = <P, W> + b +   (mean - mean_at),
@@ -16,9 +16,10 @@ Today's batch, with share s = n / (lambda C + n), then makes with d = mean(W) - 
 
     mean = mean_t + (1 - s) d,    var = (1 - s) var(W) + s (var_t + (1 - s) d^2)
 
-and P, D, mean_at, var_at likewise of the positions. While weights stand still this is BatchNorm on the batches'
-weighted concatenation. Beside the sum over batches of what core/taylor.py makes of each, with these shares, the mean is
-the same and the variance is off by the second order: it is expanded from step to step, and of all batches together.
+and P, D, mean_at, var_at likewise of the positions, where it is looked at these, with the share of all that came since
+the last look. While weights stand still this is BatchNorm on the batches' weighted concatenation. Beside the sum over
+batches of what core/taylor.py makes of each, with these shares, the mean is the same and the variance is off by the
+second order: it is expanded from step to step, and of all batches together.
 
 Mean and variance are true moments; the positions say only how these change. In 'deviation' both are blind to the scale
 of W whatever positions were seen: <dvar/dW, W> = 2 var(W) and <dmean/dW, W> = mean(W) - b, exactly, by
@@ -47,25 +48,47 @@ __all__ = ["Past", "advance"]
 class Past(NamedTuple):
     """All batches so far. Of a batch spread over ranks each has its part of ``patch`` and ``covariance``."""
 
-    size: Tensor  # () C
-    means: Tensor  # (2, C) mean, mean_at
-    variances: Tensor  # (2, C) var (population), var_at
+    sizes: Tensor  # (2,) C now, and what is left of C as it was at the last look
+    mean: Tensor  # (C,)
+    var: Tensor  # (C,) population
+    mean_at: Tensor  # (C,) <P, W_t> + b_t, at the weights of the last batch
+    var_at: Tensor  # (C,) <D, W_t>
     patch: Tensor  # (G, K) P
     covariance: Tensor  # (C, K) D, float32 or better, or bfloat16
 
 
 class _Carried(NamedTuple):
-    means: Tensor  # (2, C) mean(W), <P, W> + b
-    variances: Tensor  # (2, C) var(W), <D, W>
-    mean_by: Tensor  # dmean/dW = P + mean_by D
-    var_by: Tensor  # dvar/dW = var_by D + var_by_patch P
+    """The past at today's weights."""
+
+    mean: Tensor
+    var: Tensor
+    mean_at: Tensor  # <P, W> + b
+    var_at: Tensor  # <D, W>
+    mean_by: Tensor | None  # dmean/dW = P + mean_by D; None: zero
+    var_by: Tensor  # 1/2 dvar/dW = var_by D + var_by_patch P
     var_by_patch: Tensor | None
+
+
+class _By(NamedTuple):
+    """What :func:`_answer` needs besides f: (C,), or a number."""
+
+    s: Tensor | float
+    at: Tensor | float
+    through: Tensor | float  # whether there is a gradient through the past
+    mean_by: Tensor | None
+    var_by: Tensor
+    gap: Tensor  # 1/2 dvar/dmean(W), over (1 - s)
+    apart: Tensor | None  # positions' mean less the past's, times (1 - at)
+    lean: Tensor | None  # this rank's positions' mean less that of all
+    offset: Tensor  # positions' mean less the batch's
+    rest: Tensor  # the batch's variance less what ``left`` says along W
+    per: Tensor  # 1 / <D, W> with today in D
 
 
 def advance(
     past: Past,
     now: Moments,
-    seen: Seen,
+    seen: Seen | None,
     rows: Tensor,
     bias: Tensor | None,
     rule: Rule,
@@ -79,7 +102,7 @@ def advance(
     Args:
         past: all batches so far.
         now: the batch's moments, over all ranks.
-        seen: of this rank's part of it, relative to ``now.mean``.
+        seen: of this rank's part of it, relative to ``now.mean``; None: its positions are not looked at.
         rows: W (C, K); K = 0 where there is no map to speak of.
         bias: b (C,).
         rule: how.
@@ -93,133 +116,175 @@ def advance(
         was if the batch's moments are not finite; and whether they are.
     """
     n = now.size if rule.by_count else (now.size.sign() if isinstance(now.size, Tensor) else 1)
-    size = past.size * (1 - 1 / rule.window) + n
-    share = n / size.clamp_min(1)
-    s = share.item() if at_hand(share) else share
-    keep = 1 - s
-    carried, offset, scatter = _carry(past, seen, rows, bias, part, rule)
-    today = torch.stack([now.mean, now.mean + offset])
-    means, variances = blend(carried.means, carried.variances, today, torch.stack([now.var, scatter]), s)
-    pooled = Pooled(means[0], variances[0], share)
-    if used is not None:
-        alone = (now.mean, now.var, torch.ones_like(share))
-        pooled = Pooled(*(torch.where(used, p, a) for p, a in zip(pooled, alone, strict=True)))
-    apart = (today[1] - carried.means[1]) * keep
-    lean = None if part is None else seen.offset - offset
+    looked = False if seen is None else seen.looked
+    sizes, s, at = _count(past.sizes, 1 - 1 / rule.window, n, looked)
+    if not rows.shape[1]:
+        mean, var = blend(past.mean, past.var, now.mean, now.var, s)
+        ok = _good(now, take, mean, var)
+        sizes, kept, kept_var = _where(ok, (sizes, mean, var), past)
+        new = past._replace(sizes=sizes, mean=kept, var=kept_var, mean_at=kept, var_at=kept_var)
+        return _pooled(mean, var, s, now, used), None, new, ok
+    carried, own = _carry(past, seen, rows, bias, part, rule)
+    mean, var = blend(carried.mean, carried.var, now.mean, now.var, s)
+    # Without a look it is as if the batch's positions were those of the past.
+    mean_at, var_at, offset, rest = carried.mean_at, carried.var_at, carried.mean_at - now.mean, now.var
+    apart = lean = None
+    if own is not None and seen is not None:
+        seen_offset, scatter = own
+        offset, rest = _where(looked, (seen_offset, now.var - scatter), (offset, rest))
+        lean = None if part is None else (seen.offset - seen_offset) * looked
+        today = now.mean + offset
+        apart = (today - mean_at) * (1 - at)
+        mean_at, var_at = blend(mean_at, var_at, today, scatter, at)
+    gap = (carried.mean - now.mean) * s
+    gap = gap if carried.var_by_patch is None else gap + carried.var_by_patch
     through = float(rule.gradient) if used is None else used * float(rule.gradient)
-    mapped = bool(rows.shape[1])
-    by = _answers(carried, now, s, through, apart, lean, offset, scatter, means, variances) if mapped else None
-    # A compiler computes in the backward, from a past that has moved on, what the forward has no need of.
-    ok = finite(means + variances if by is None else by)
+    of_carried = carried.mean_by, carried.var_by, gap
+    by = _By(s, at, through, *of_carried, apart, lean, offset, rest, _inverse(var_at, var))
+    ok = _good(now, take, mean + mean_at, var + var_at)
+    pooled = _pooled(mean, var, s, now, used)
+    sizes, mean, var, mean_at, var_at = _where(ok, (sizes, mean, var, mean_at, var_at), past)
+    new = past._replace(sizes=sizes, mean=mean, var=var, mean_at=mean_at, var_at=var_at)
+    if seen is None or apart is None:
+        response = Response(past.patch.unsqueeze(0), past.covariance, None, None, by, _answer_unseen)
+        return pooled, response, new, ok
+    patch, left, second = seen.patch, seen.left, seen.covariance
+    if part is not None:
+        patch, left, second = patch * part, left * part, None if second is None else second * part
+    patch, left, second = _where(looked, (patch, left, second), (past.patch, 0.0, 0.0))
+    patches = torch.cat([past.patch.unsqueeze(0), patch.unsqueeze(0), seen.right])
+    if ok is not False:
+        lefts = torch.cat([torch.stack([-apart, apart if lean is None else apart + lean]), left]) * at
+        whole = None if second is None else second * at
+        keep, lefts, right, whole = _where(ok, (1 - at, lefts, patches, whole), (1.0, 0.0, 0.0, 0.0))
+        covariance = _renew(past.covariance, keep, lefts, right, whole, in_place)
+        blended = _where(ok, [past.patch.lerp(patch, at)], [past.patch])[0]
+        new = new._replace(patch=blended, covariance=covariance)
+    return pooled, Response(patches, new.covariance, second, None if second is not None else left, by, _answer), new, ok
+
+
+def _count(
+    sizes: Tensor, kept: float, n: Tensor | float, looked: Tensor | bool
+) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    """C with a batch of n in it, and what is left of C as of the last look; what share is newer than either."""
+    if at_hand(sizes) and not isinstance(n, Tensor) and isinstance(looked, bool):
+        whole, seen = (size * kept for size in sizes.tolist())
+        whole += n
+        seen, at = (whole, 1 - seen / whole) if looked else (seen, 0.0)
+        return sizes.new_tensor([whole, seen]), n / whole, at
+    whole, seen = (sizes * kept).unbind()
+    whole = whole + n
+    least = whole.clamp_min(1)
+    s, at = n / least, (1 - seen / least) * looked
+    new = torch.stack([whole, torch.where(torch.as_tensor(looked, device=whole.device), whole, seen)])
+    return (new, s.item(), at.item()) if at_hand(s) else (new, s, at)
+
+
+def _pooled(mean: Tensor, var: Tensor, s: Tensor | float, now: Moments, used: Tensor | None) -> Pooled:
+    if used is None:
+        return Pooled(mean, var, s)
+    mean, var, share = _where(used, (mean, var, torch.as_tensor(s).to(mean)), (now.mean, now.var, 1.0))
+    return Pooled(mean, var, share)
+
+
+def _good(now: Moments, take: Tensor | None, means: Tensor, variances: Tensor) -> Tensor | bool:
+    """Whether a batch is to be taken in."""
+    ok = finite(means + variances)
     if isinstance(now.size, Tensor):
         ok = bool(now.size > 0) and ok if isinstance(ok, bool) else ok & (now.size > 0)
-    if take is not None:
-        ok = ok & take
-    if ok is False:
-        new = past
-    else:
-        patch = past.patch.lerp(seen.patch if part is None else seen.patch * part, s)
-        size, means, variances, patch = _where(ok, (size, means, variances, patch), past)
-        new = Past(size, means, variances, patch, past.covariance)
-    if by is None:
-        return pooled, None, new, ok
-    left = seen.left if part is None else seen.left * part
-    patches = torch.stack([past.patch, seen.patch if part is None else seen.patch * part])
-    second = seen.covariance if part is None or seen.covariance is None else seen.covariance * part
-    if new is not past:
-        tilt = apart if lean is None else apart + lean
-        lefts, rights = torch.cat([left * s, torch.stack([-s * apart, s * tilt])]), torch.cat([seen.right, patches])
-        whole = None if second is None else second * s
-        keep, lefts, rights, whole = _where(ok, (keep, lefts, rights, whole), (1.0, 0.0, 0.0, 0.0))
-        new = new._replace(covariance=_renew(past.covariance, keep, lefts, rights, whole, in_place))
-    if second is not None:
-        return pooled, Response(patches, new.covariance, second, None, None, by), new, ok
-    return pooled, Response(patches, new.covariance, None, left, seen.right, by), new, ok
+    return ok if take is None else ok & take
 
 
 def _carry(
-    past: Past, seen: Seen, rows: Tensor, bias: Tensor | None, part: Tensor | None, rule: Rule
-) -> tuple[_Carried, Tensor, Tensor]:
+    past: Past, seen: Seen | None, rows: Tensor, bias: Tensor | None, part: Tensor | None, rule: Rule
+) -> tuple[_Carried, tuple[Tensor, Tensor] | None]:
     """The past at today's weights; mean (less the reference) and variance of the positions seen on all ranks."""
-    (mean, mean_at), (var, var_at) = past.means.unbind(), past.variances.unbind()
-    if not rows.shape[1]:
-        zeros = torch.zeros_like(mean)
-        return _Carried(past.means, past.variances, zeros, zeros, None), zeros, zeros
-    new_mean_at = by_patch(past.patch.unsqueeze(1), rows)[:, 0]
-    new_var_at = torch.linalg.vecdot(past.covariance.to(rows.dtype), rows)
-    offset, scatter = seen.offset, seen.spread
-    if scatter is None:  # <covariance, W>: of the outputs' own variance a map in half precision has rounded each
-        scatter = torch.linalg.vecdot(seen.left.t(), by_patch(seen.right.transpose(0, 1), rows))
-        if seen.covariance is not None:
-            scatter = torch.linalg.vecdot(seen.covariance, rows)
+    mean_at = by_patch(past.patch.unsqueeze(1), rows)[:, 0]
+    var_at = torch.linalg.vecdot(past.covariance.to(rows.dtype), rows)
+    own = None if seen is None else (seen.offset, _scatter(seen, rows))
     if part is not None:
-        parts = torch.stack([new_mean_at, new_var_at, offset * part, torch.addcmul(scatter, offset, offset) * part])
-        new_mean_at, new_var_at, offset, scatter = total(parts, rule.group).unbind()
-        scatter = scatter - offset.square()
+        parts = [mean_at, var_at]
+        if own is not None:
+            parts += [own[0] * part, torch.addcmul(own[1], own[0], own[0]) * part]
+        mean_at, var_at, *sums = total(torch.stack(parts), rule.group).unbind()
+        own = (sums[0], sums[1] - sums[0].square()) if sums else None
     if bias is not None:
-        new_mean_at = new_mean_at + bias
+        mean_at = mean_at + bias
+    apart = past.mean - past.mean_at
     if rule.second_moment:
-        new_mean = new_mean_at + (mean - mean_at)
-        delta = new_mean - mean
-        new_var = var + 2 * (new_var_at - var_at) - delta.square()
-        twice = 2 * (new_var > 0).to(new_var.dtype)
-        new_var, mean_by, var_by, by_patch_ = new_var.clamp_min(0), torch.zeros_like(mean), twice, -twice * delta
-    else:
-        per = _inverse(var_at, var)
-        ratio = torch.where(per > 0, new_var_at * per, torch.ones_like(var))
-        rest = mean - mean_at
-        mean_by, by_patch_ = rest * per, None
-        new_mean = torch.addcmul(new_mean_at, rest, ratio)
-        by = ratio * var
-        new_var, var_by = by * ratio, by * per * 2
-    means, variances = torch.stack([new_mean, new_mean_at]), torch.stack([new_var, new_var_at])
-    return _Carried(means, variances, mean_by, var_by, by_patch_), offset, scatter
+        mean = mean_at + apart
+        delta = mean - past.mean
+        var = past.var + 2 * (var_at - past.var_at) - delta.square()
+        live = (var > 0).to(var.dtype)
+        return _Carried(mean, var.clamp_min(0), mean_at, var_at, None, live, -live * delta), own
+    per = _inverse(past.var_at, past.var)
+    ratio = (var_at - past.var_at) * per + 1
+    slope = ratio * past.var
+    mean, var = torch.addcmul(mean_at, apart, ratio), slope * ratio
+    return _Carried(mean, var, mean_at, var_at, apart * per, slope * per, None), own
 
 
-def _answers(
-    carried: _Carried,
-    now: Moments,
-    s: Tensor | float,
-    through: Tensor | float,
-    apart: Tensor,
-    lean: Tensor | None,
-    offset: Tensor,
-    scatter: Tensor,
-    means: Tensor,
-    variances: Tensor,
-) -> Tensor:
-    """A of :class:`Response`, (5, 4, C), for yesterday's P, today's E[p], D with today in it, today's own, and b.
+def _scatter(seen: Seen, rows: Tensor) -> Tensor:
+    """The variance of the positions seen; of what a map in half precision has rounded, without the rounding's."""
+    if seen.spread is not None:
+        return seen.spread
+    if seen.covariance is not None:
+        by_whole: Tensor = torch.linalg.vecdot(seen.covariance, rows)
+        return by_whole
+    by_positions: Tensor = torch.linalg.vecdot(seen.left.t(), by_patch(seen.right.transpose(0, 1), rows))
+    return by_positions
 
-    (1 - s) times yesterday's D is D less what today added to it. What is taken back of 'later' is today's; what the
-    positions do not see of it along W goes by D.
+
+def _answer(by: Sequence[Any], f: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[Tensor]:
+    """Of :class:`Response`: for yesterday's P, today's E[p], D with today in it, today's own, and b.
+
+    What is taken back of 'later' is today's; what the positions do not see of it along W goes by D.
     """
-    by_gap = (carried.means[0] - now.mean) * (2 * s)
-    by_patch_ = by_gap if carried.var_by_patch is None else by_gap + carried.var_by_patch
-    no, one = torch.zeros_like(by_gap), torch.ones_like(by_gap)
-    past = torch.stack([one, by_patch_]) * ((1 - s) * through)
-    d = torch.stack([carried.mean_by, torch.addcmul(carried.var_by, by_gap, carried.mean_by)]) * through
-    own, per = d * s, _inverse(variances[1], variances[0])
-    rows = (
-        *(*torch.addcmul(past, own, apart), no, no),
-        *(*own * -(apart if lean is None else apart + lean), one, no if lean is None else lean),
-        *(*d, -offset * per, (now.var - scatter) * per),
-        *(*-own, no, one),
-        *(*past, one, no),
-    )
-    return torch.stack(rows).view(5, 4, -1)
+    h, d, of_d = _through(_By(*by), f)
+    at, apart, lean = by[1], by[6], by[7]
+    _, _, back_mean, back_var = f
+    own = d * at
+    today = torch.addcmul(back_mean, own, apart if lean is None else apart + lean, value=-1)
+    if lean is not None:
+        today = torch.addcmul(today, lean, back_var)
+    return [torch.addcmul(h, own, apart), today, of_d, back_var - own, h + back_mean]
+
+
+def _answer_unseen(by: Sequence[Any], f: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[Tensor]:
+    """The same where no position was looked at, and today's E[p] is taken to be P: for P, D and b."""
+    h, _, of_d = _through(_By(*by), f)
+    of_b = h + f[2]
+    return [of_b, of_d, of_b]
+
+
+def _through(by: _By, f: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """What goes by yesterday's P and by today's D, and the latter with what goes back."""
+    of_mean, of_var, back_mean, back_var = f
+    past = (1 - by.s) * by.through
+    h = torch.addcmul(of_mean, by.gap, of_var)
+    d = by.var_by * of_var
+    if by.mean_by is not None:
+        d = torch.addcmul(d, by.mean_by, h)
+    d = d * (past / _positive(1 - by.at))  # yesterday's D is today's, less what was added, over 1 - at
+    back = torch.addcmul(by.rest * back_var, by.offset, back_mean, value=-1)
+    return h * past, d, torch.addcmul(d, back, by.per)
+
+
+def _positive(number: Tensor | float) -> Tensor | float:
+    return number.clamp_min(1e-30) if isinstance(number, Tensor) else max(number, 1e-30)
 
 
 def _inverse(var_at: Tensor, var: Tensor) -> Tensor:
-    """1 / var_at, or zero where the positions have seen too little of the variance to say how it changes."""
-    # A literal: a compiler asked for dynamic sizes takes a global number for one of them.
+    """1 / var_at, no more than 64 / var: of less the positions have seen too little to say how the variance changes."""
+    # Literals: a compiler asked for dynamic sizes takes a global number for one of them.
     # Below 1e-30 eps is all there is, and one weak channel's reciprocal must not make the whole batch not finite.
-    return torch.where(var_at > (var / 64).clamp_min(1e-30), var_at.reciprocal(), torch.zeros_like(var))
+    return torch.maximum(var_at, var / 64).clamp_min(1e-30).reciprocal()
 
 
-def _where(ok: Tensor | bool, new: Sequence[Any], old: Iterable[Tensor | float]) -> Sequence[Any]:
-    """``new`` if ``ok``, else ``old``; a mere bool is true here. None stays None."""
+def _where(ok: Tensor | bool, new: Sequence[Any], old: Iterable[Any]) -> Sequence[Any]:
+    """``new`` if ``ok``, else ``old``. None stays None."""
     if isinstance(ok, bool):
-        return new
+        return new if ok else [a for a, _ in zip(old, new, strict=False)]
     return [None if a is None else torch.where(ok, a, b) for a, b in zip(new, old, strict=False)]
 
 
@@ -231,7 +296,7 @@ def _renew(
     if not (in_place and same):
         new = covariance.to(left.dtype) * keep
         add_spread_(new, left, right)
-    elif isinstance(keep, float) and len(right[0]) == 1:
+    elif isinstance(keep, float) and right.shape[1] == 1:
         new = covariance.addmm_(left.t(), right.squeeze(1), beta=keep)
     else:
         new = add_spread_(covariance.mul_(keep), left, right)

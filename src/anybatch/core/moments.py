@@ -63,12 +63,12 @@ def moments(x: Tensor) -> Moments:
 def _row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Means and population variances (C, N) over * of contiguous ``x`` (N, C, *), by GroupNorm's kernel.
 
-    It is vectorised where BatchNorm's is not, and its normalised output costs less than that.
+    It is vectorised where BatchNorm's is not, and its normalised output costs less than that. No variance is below
+    its eps, 1e-30, and none above 1e30 is told from that.
     """
     n, c = x.shape[:2]
-    tiny = 1e-30  # its eps must be positive
-    _, mean, inverse = torch.ops.aten.native_group_norm(x, None, None, n, c, x.numel() // (n * c), c, tiny)
-    return mean.t(), (inverse.pow(-2) - tiny * (1 + 1e-6)).clamp_min(0).t()  # a constant's is zero
+    _, mean, inverse = torch.ops.aten.native_group_norm(x, None, None, n, c, x.numel() // (n * c), c, 1e-30)
+    return mean.t(), inverse.pow(-2).t()
 
 
 def channel_mean(x: Tensor) -> Tensor:
@@ -96,13 +96,12 @@ def pool(means: Tensor, variances: Tensor, shares: Tensor | None = None) -> tupl
         shares: (T,), not negative, of sum one; in proportion to the batches' counts they make this the moments of the
             concatenation. None: 1 / T each.
     """
-
-    def together(values: Tensor) -> Tensor:
-        return values.mean(-1) if shares is None else (values * shares).sum(-1)
-
-    mean = together(means)
-    spread = means - mean.unsqueeze(-1)
-    return mean, together(torch.addcmul(variances, spread, spread))
+    if shares is None:
+        spread, mean = torch.var_mean(means, -1, correction=0)
+        return mean, variances.mean(-1) + spread
+    mean = (means * shares).sum(-1)
+    apart = means - mean.unsqueeze(-1)
+    return mean, (torch.addcmul(variances, apart, apart) * shares).sum(-1)
 
 
 def blend(
@@ -113,11 +112,18 @@ def blend(
     mean + r d,  (1 - r) var + r (new_var [+ (1 - r) d^2]),  d = new_mean - mean; the last term if ``total``.
     """
     if total:
-        d = new_mean - mean
-        new_var = torch.addcmul(new_var, d, d * (1 - rate))
+        new_var = _apart(mean, new_mean, new_var, rate)
     if isinstance(rate, Tensor):
         rate = rate.to(mean.dtype)
     return mean.lerp(new_mean.to(mean.dtype), rate), var.lerp(new_var.to(var.dtype), rate)
+
+
+def _apart(mean: Tensor, new_mean: Tensor, new_var: Tensor, rate: Tensor | float) -> Tensor:
+    """``new_var`` with what :func:`blend` adds to it."""
+    d = new_mean - mean
+    if isinstance(rate, Tensor):
+        return torch.addcmul(new_var, d, d * (1 - rate))
+    return torch.addcmul(new_var, d, d, value=1 - rate)
 
 
 def bessel(var: Tensor, count: int | Tensor) -> Tensor:
@@ -156,6 +162,9 @@ def update_running_(
             return
     elif ok is not None:
         mean, var = torch.where(ok, mean, running_mean), torch.where(ok, var, running_var)
-    mean, var = blend(running_mean, running_var, mean, var, rate, total)
-    running_mean.copy_(mean)
-    running_var.copy_(var)
+    if total:
+        var = _apart(running_mean, mean, var, rate)
+    if isinstance(rate, Tensor):
+        rate = rate.to(running_mean.dtype)
+    running_mean.lerp_(mean.to(running_mean.dtype), rate)
+    running_var.lerp_(var.to(running_var.dtype), rate)

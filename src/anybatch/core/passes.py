@@ -32,6 +32,7 @@ class Affine(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     eps: float
+    scale: Tensor | None = None  # a, where it is at hand
 
 
 class Passes(NamedTuple):
@@ -64,12 +65,12 @@ def dense_like(g: Tensor, channels_last: bool) -> Tensor:
 
 def through_relu(g: Tensor, y: Tensor, affine: Affine) -> Tensor:
     """``g`` behind the ReLU of the normalised ``y``, which is computed again."""
-    through: Tensor = torch.ops.aten.threshold_backward(g, core.normalise(y, *affine), 0)
+    through: Tensor = torch.ops.aten.threshold_backward(g, core.normalise(y, *affine[:5]), 0)
     return through
 
 
 def _normalise(y: Tensor, affine: Affine, relu: bool) -> Tensor:
-    out = core.normalise(y, *affine)
+    out = core.normalise(y, *affine[:5])
     return out.relu_() if relu else out
 
 
@@ -81,7 +82,9 @@ def _reduce(g: Tensor, y: Tensor, affine: Affine, relu: bool) -> tuple[Tensor, R
 def _input_gradient(
     g: Tensor, y: Tensor, affine: Affine | None, centre: Tensor, slope: Tensor, offset: Tensor, relu: bool
 ) -> Tensor:
-    scale = None if affine is None else core.scale_and_shift(*affine)[0]
+    scale = None if affine is None else affine.scale
+    if affine is not None and scale is None:
+        scale = core.scale_and_shift(*affine[:5])[0]
     return core.through_moments(g, y, centre, slope, offset, scale)
 
 

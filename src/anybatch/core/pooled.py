@@ -13,11 +13,11 @@ carried moments of past batches. With a = gamma / sqrt(var + eps), E and m over 
                will take from this one, estimated by averages R1, R2 of E[g], E[g y_hat]. W has its part by 'history'
                already, so this one is taken back there: dL/dW -= m (offset E[p] + slope E[(y - mean_t) p]).
 
-What W gets is linear in four numbers a channel, f = (dL/dmean, dL/dvar, -m offset, -m slope); :class:`Response` says by
-which patches and covariances.
+What W gets is linear in four numbers a channel, f = (dL/dmean, 2 dL/dvar, -m offset, -m slope); :class:`Response` says
+by which patches and covariances.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,18 +40,19 @@ class Map(NamedTuple):
 
 
 class Response(NamedTuple):
-    """What the map's weights get of f: dL/dW = sum_j (A_j f) T_j over the tensors T here, dL/db = A_last f.
+    """What the map's weights get of f: with ``of = answer(by, f)``, I patches and the tensors that are given,
 
-    These are, where they are given, the patches, ``covariance``, ``second`` or, in its place, sum_s left_s right_s. Of
-    a batch spread over ranks the parts on the ranks add up to the whole.
+        dL/dW = sum_i of_i patch_i + of_I covariance + of_(I+1) (second or sum_s left_s patch_(I+s)),   dL/db = of_last
+
+    Of a batch spread over ranks the parts on the ranks add up to the whole.
     """
 
-    patches: Tensor  # (I, G, K)
+    patches: Tensor  # (I + S, G, K)
     covariance: Tensor  # (C, K)
     second: Tensor | None  # (C, K)
-    left: Tensor | None  # (S, C), right: (S, G, K)
-    right: Tensor | None
-    by: Tensor  # (I + 1 or 2 + 1, 4, C) A
+    left: Tensor | None  # (S, C)
+    by: Sequence[Tensor | float | None]
+    answer: Callable[[Sequence[Any], tuple[Tensor, Tensor, Tensor, Tensor]], Sequence[Tensor]]  # (C,) each
 
 
 class Pooled(NamedTuple):
@@ -59,7 +60,7 @@ class Pooled(NamedTuple):
 
     mean: Tensor  # (C,)
     var: Tensor  # (C,)
-    share: Tensor  # () of the current batch
+    share: Tensor | float  # of the current batch
 
 
 class Rule(NamedTuple):
@@ -120,11 +121,16 @@ def normalise_pooled(
         passes: the implementation of what reads y.
     """
     # One tensor an argument: a compiler follows no others.
-    sized = (None, now.size) if isinstance(now.size, Tensor) else (now.size, None)
-    mapped = [None] * 8 if map is None or response is None else [*map, *response]
+    mapped: Sequence[Tensor | None] = [None] * 6
+    by: Sequence[Tensor | float | None] = ()
+    answer = None
+    if map is not None and response is not None:
+        by, answer = response.by, response.answer
+        mapped = [*map, *response[:4]]
     out: Tensor = _NormalisePooled.apply(  # type: ignore[no-untyped-call]
-        *(y, weight, bias, *mapped, now.mean, *pooled),
-        *(*sized, *(averages or (None, None, 0, None)), eps, group, on_backward, passes),
+        *(y, weight, bias, *mapped, now.mean, pooled.mean, pooled.var),
+        *(*(averages or (None, None, 0, None)), eps, group, on_backward, passes, answer),
+        *(pooled.share, now.size, *by),
     )
     return out
 
@@ -161,14 +167,9 @@ class _NormalisePooled(torch.autograd.Function):
         covariance: Tensor | None,
         second: Tensor | None,
         left: Tensor | None,
-        right: Tensor | None,
-        by: Tensor | None,
         now_mean: Tensor,
         mean: Tensor,
         var: Tensor,
-        share: Tensor,
-        size: int | None,
-        size_of_ranks: Tensor | None,
         reductions: Tensor | None,
         backwards: Tensor | None,
         over: int,
@@ -177,14 +178,15 @@ class _NormalisePooled(torch.autograd.Function):
         group: Group,
         on_backward: Callable[[], None] | None,
         passes: Passes,
+        answer: Callable[..., Sequence[Tensor]] | None,
+        *numbers: Tensor | float | None,
     ) -> Tensor:
         # Saved, and not kept as attributes: a loss that someone keeps after its backward then holds none of them.
-        ctx.save_for_backward(
-            *(y, weight, now_mean, mean, var, share),
-            *(patches, covariance, second, left, right, by, size_of_ranks),
-        )
+        tensors = [v if isinstance(v, Tensor) else None for v in numbers]
+        ctx.save_for_backward(y, weight, now_mean, mean, var, patches, covariance, second, left, *tensors)
+        ctx.numbers = [None if isinstance(v, Tensor) else v for v in numbers]
         ctx.reductions, ctx.backwards, ctx.over, ctx.loss_scale = reductions, backwards, over, loss_scale
-        ctx.size, ctx.eps, ctx.group, ctx.on_backward = size, eps, group, on_backward
+        ctx.answer, ctx.eps, ctx.group, ctx.on_backward = answer, eps, group, on_backward
         ctx.rows_shape = None if rows is None else rows.shape
         ctx.passes = passes
         return passes.normalise(y, Affine(mean, var, weight, bias, eps), False)
@@ -192,74 +194,69 @@ class _NormalisePooled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, now_mean, mean, var, share, *mapped, size_of_ranks = ctx.saved_tensors
-        *tensors, by = mapped
-        m = ctx.size if size_of_ranks is None else size_of_ranks
+        y, weight, now_mean, mean, var, *saved = ctx.saved_tensors
+        tensors = saved[:4]
+        share, m, *by = (number if t is None else t for number, t in zip(ctx.numbers, saved[4:], strict=True))
         if ctx.on_backward is not None:
             ctx.on_backward()
-        affine = Affine(mean, var, weight, None, ctx.eps)
+        inverse = torch.rsqrt(var + ctx.eps)
+        a = inverse if weight is None else inverse * weight.to(inverse.dtype)
+        affine = Affine(mean, var, weight, None, ctx.eps, a)
         g, own = ctx.passes.reduce(g, y, affine, False)
         sums = total(torch.stack(own), ctx.group)  # (2, C) sum g, sum g y_hat
 
-        inverse = torch.rsqrt(var + ctx.eps)
-        a = inverse if weight is None else inverse * weight.to(inverse.dtype)
-        scales, apart = torch.stack([a, a * inverse]), now_mean - mean
-        through = sums * (share / m)  # E[g] and E[g y_hat] that y is answerable for: its share of its own,
-        f = sums * scales * sums.new_tensor([[-1.0], [-0.5]])
+        down, apart = torch.stack([a, a * inverse]).neg_(), now_mean - mean
+        of_mean, of_var = (sums * down).unbind()  # dL/dmean, 2 dL/dvar
+        means = sums / m
+        through = means * share  # E[g] and E[g y_hat] that y is answerable for: its share of its own,
         if ctx.over:
             averages = Averages(ctx.reductions, ctx.backwards, ctx.over, ctx.loss_scale)
-            later = average_(averages, sums / m, inverse) * (1 - share)
+            later = average_(averages, means, inverse) * (1 - share)
             if not isinstance(m, int) or m < 2:  # it may be normalised by constants, and nothing but a g flows
-                later = later * share.sign()
+                later = later * (share.sign() if isinstance(share, Tensor) else float(share > 0))
             through = through + later  # and the rest of the average
-            offset, slope = (later * scales * m).unbind()
-            f = torch.cat([f, torch.stack([torch.addcmul(offset, slope, apart), slope])])
+            back_mean, back_var = (later * down).mul_(-m).unbind()
+            back_mean = torch.addcmul(back_mean, back_var, apart)
         else:
-            f = torch.cat([f, torch.zeros_like(f)])
+            back_mean = back_var = torch.zeros_like(of_mean)
 
         grad_y = grad_rows = grad_bias = None
-        if by is not None and any(ctx.needs_input_grad[3:5]):
-            of = (by * f).sum(1)  # (I + J + 1, C)
+        if by and any(ctx.needs_input_grad[3:5]):
+            of = ctx.answer(by, (of_mean, of_var, back_mean, back_var))
             if ctx.needs_input_grad[3]:
-                grad_rows = of.new_empty(ctx.rows_shape)
+                grad_rows = of[0].new_empty(ctx.rows_shape)
                 _write_grad(grad_rows.view(len(grad_rows), -1), of, *tensors)
             if ctx.needs_input_grad[4]:  # each rank has its part of the patches, and takes as much of the bias's
                 grad_bias = of[-1] if ctx.group is None else of[-1] / rank_count(ctx.group)
         if ctx.needs_input_grad[0]:
-            offset, slope = (through * -scales).unbind()
+            offset, slope = (through * down).unbind()
             offset = torch.addcmul(offset, slope, apart)
             grad_y = ctx.passes.input_gradient(g, y, affine, now_mean, slope, offset, False)
         grad_weight = own.g_y_hat if ctx.needs_input_grad[1] else None
         grad_beta = own.g if ctx.needs_input_grad[2] else None
-        return grad_y, grad_weight, grad_beta, grad_rows, grad_bias, *[None] * 20
+        return grad_y, grad_weight, grad_beta, grad_rows, grad_bias, *[None] * (len(ctx.needs_input_grad) - 5)
 
 
 def _write_grad(
-    grad: Tensor,
-    of: Tensor,
-    patches: Tensor,
-    covariance: Tensor,
-    second: Tensor | None,
-    left: Tensor | None,
-    right: Tensor | None,
+    grad: Tensor, of: Sequence[Tensor], patches: Tensor, covariance: Tensor, second: Tensor | None, left: Tensor | None
 ) -> None:
     """Write to (C, K) what goes by each tensor of :class:`Response`, ``of`` them."""
-    i = len(patches)
+    i = len(patches) - (0 if left is None else len(left))
     if covariance.dtype == grad.dtype:
         torch.mul(covariance, of[i].unsqueeze(1), out=grad)
     else:
         grad.copy_(covariance).mul_(of[i].unsqueeze(1))
     if second is not None:
         grad.addcmul_(second, of[i + 1].unsqueeze(1))
-    if left is None or right is None:
-        add_spread_(grad, of[:i], patches)
-    else:
-        add_spread_(grad, torch.cat([of[:i], left * of[i + 1]]), torch.cat([patches, right]))
+    lefts = torch.stack(list(of[:i]))
+    add_spread_(grad, lefts if left is None else torch.cat([lefts, left * of[i + 1]]), patches)
 
 
 def add_spread_(to: Tensor, by_channel: Tensor, patches: Tensor) -> Tensor:
     """Add to (C, K), in place, patches (I, G, K) times (I, C), each channel taking its group's."""
     i, groups, k = patches.shape
+    if i == groups == 1:  # several times as fast as the product of matrices
+        return to.addcmul_(by_channel.t(), patches[0])
     if groups == 1:
         return to.addmm_(by_channel.t(), patches.squeeze(1))
     to.view(groups, -1, k).baddbmm_(by_channel.view(i, groups, -1).permute(1, 2, 0), patches.transpose(0, 1))

@@ -37,6 +37,7 @@ class Seen(NamedTuple):
     left: Tensor  # (S, C), right: (S, G, K); sum_s left_s right_s is the covariance
     right: Tensor
     covariance: Tensor | None = None  # (C, K) itself, in their place
+    looked: Tensor | bool = True  # False: nothing of this counts
 
 
 class _Places(NamedTuple):

@@ -19,7 +19,8 @@ W_t enters by two scalars a channel, <E_t[p], W_t> + b_t and <c_t, W_t>, so no c
 Letters: T entries, C channels, G groups, K values of a patch.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def responses(
 def by_patch(patch: Tensor, rows: Tensor) -> Tensor:
     """<E[p], W_c> for patches (G, T, K) and weights (C, K): (C, T)."""
     if len(patch) == 1:
-        return rows @ patch[0].t()
+        return torch.mv(rows, patch[0, 0]).unsqueeze(1) if patch.shape[1] == 1 else rows @ patch[0].t()
     return torch.matmul(_by_group(rows, patch), patch.transpose(1, 2)).flatten(0, 1)
 
 
@@ -167,19 +168,25 @@ def pool_entries(
     of_patch, of_covariance = torch.stack([zeros, zeros, ones, zeros]), torch.stack([zeros, zeros, zeros, ones])
     if not rule.gradient:
         by = torch.stack([of_patch, of_covariance, of_patch])
-        return pooled, Response(patch.unsqueeze(0), covariance, None, None, None, by), own
+        return pooled, Response(patch.unsqueeze(0), covariance, None, None, (by,), _answer), own
     mean_by_weight, var_by_weight, var_by_bias = history_gradient(past, carried, shares[1:], mean)
     by = torch.stack(
         [
             torch.stack([ones, zeros, zeros, zeros]),
             of_patch,
-            torch.stack([zeros, ones, zeros, zeros]),
+            torch.stack([zeros, ones / 2, zeros, zeros]),
             of_covariance,
-            torch.stack([ones * shares[1:].sum(), var_by_bias, ones, zeros]),
+            torch.stack([ones * shares[1:].sum(), var_by_bias / 2, ones, zeros]),
         ]
     )
     patches = torch.stack([mean_by_weight, patch])
-    return pooled, Response(patches, var_by_weight, covariance, None, None, by), own
+    return pooled, Response(patches, var_by_weight, covariance, None, (by,), _answer), own
+
+
+def _answer(by: Sequence[Any], f: tuple[Tensor, Tensor, Tensor, Tensor]) -> Sequence[Tensor]:
+    """Of :class:`Response`, by a matrix a channel."""
+    matrix: Tensor = by[0]
+    return (matrix * torch.stack(f)).sum(1).unbind()
 
 
 def _by_group(of_channels: Tensor, patch: Tensor) -> Tensor:

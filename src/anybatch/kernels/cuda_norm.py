@@ -30,7 +30,7 @@ def _moments(y: Tensor) -> Moments:
 
 def _inverse_and_parameters(affine: Affine) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """1 / sqrt(var + eps), weight and bias, all of one dtype as the operators want them."""
-    mean, var, weight, bias, eps = affine
+    mean, var, weight, bias, eps, _ = affine
     return torch.rsqrt(var + eps), *(None if p is None else p.to(mean.dtype) for p in (weight, bias))  # type: ignore[return-value]
 
 

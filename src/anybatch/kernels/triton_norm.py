@@ -172,17 +172,17 @@ def _moments(y: Tensor) -> Moments:
 
 
 def _normalise(y: Tensor, affine: Affine, relu: bool) -> Tensor:
-    return triton_normalise(y, *affine, relu)
+    return triton_normalise(y, *affine[:5], relu)
 
 
 def _reduce(g: Tensor, y: Tensor, affine: Affine, relu: bool) -> tuple[Tensor, Reductions]:
-    return g, Reductions(*triton_reduce(g, y, *affine, relu).unbind())
+    return g, Reductions(*triton_reduce(g, y, *affine[:5], relu).unbind())
 
 
 def _input_gradient(
     g: Tensor, y: Tensor, affine: Affine | None, centre: Tensor, slope: Tensor, offset: Tensor, relu: bool
 ) -> Tensor:
-    mean, var, weight, bias, eps = affine or (None, None, None, None, 0.0)
+    mean, var, weight, bias, eps = (None, None, None, None, 0.0) if affine is None else affine[:5]
     return triton_input_gradient(g, y, mean, var, weight, bias, eps, centre, slope, offset, relu)
 
 

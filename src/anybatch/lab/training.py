@@ -91,7 +91,8 @@ def run_key(config: RunConfig, dataset: Dataset) -> str:
     norm = repr(config.norm(len(dataset.train_images)))
     for later in (
         ", sync=False",
-        ", kind='ring', positions=16, storage='full'",
+        ", kind='ring', positions=16, storage='full', refresh=2",
+        ", refresh=1",
     ):  # options as they were before they came
         norm = norm.replace(later, "")
     facts = [config.facts(), norm, dataset.fingerprint]

@@ -66,6 +66,7 @@ class CrossIterationBatchNorm(HistoryLayer):
         kind: 'exponential' or 'ring' (the paper's), how the past is kept.
         positions: output positions of every batch from which 'exponential' reads how moments answer to the weights;
             None: all, at the cost of one weight gradient more. 'ring' takes all.
+        refresh: batches from one that 'exponential' reads positions of to the next.
         storage: of what 'exponential' keeps in the size of the weights: 'full' (as the statistics) or 'bfloat16'.
         gradient: 'history' (through the carried moments) or 'current' (the paper's).
         compensate: carry past moments over to today's weights; False is naive CBN.
@@ -97,6 +98,7 @@ class CrossIterationBatchNorm(HistoryLayer):
     takes_single_values = True  # the window's
     kind: str
     positions: int | None
+    refresh: int
     storage: str
     gradient: str
     pooling: str
@@ -119,6 +121,7 @@ class CrossIterationBatchNorm(HistoryLayer):
         alpha: float = 0.0,
         kind: Literal["exponential", "ring"] = "exponential",
         positions: int | None = 16,
+        refresh: int = 2,
         storage: Literal["full", "bfloat16"] = "full",
         gradient: Literal["history", "current"] = "history",
         compensate: bool = True,
@@ -138,6 +141,7 @@ class CrossIterationBatchNorm(HistoryLayer):
             window=window,
             kind=kind,
             positions=positions,
+            refresh=refresh,
             storage=storage,
             gradient=gradient,
             compensate=compensate,
@@ -170,7 +174,7 @@ class CrossIterationBatchNorm(HistoryLayer):
         for name, known in choices.items():
             check_choice("CBN", name, options[name], known)
         check_flag("CBN", "compensate", options["compensate"])
-        for name, least in {"window": 1, "average_reductions": 0, "burn_in_steps": 0}.items():
+        for name, least in {"window": 1, "refresh": 1, "average_reductions": 0, "burn_in_steps": 0}.items():
             check_whole("CBN", name, options[name], least)
         for name in ("positions", "momentum_batch", "examples_per_group"):
             check_whole("CBN", name, options[name], none=True)
@@ -243,9 +247,9 @@ class CrossIterationBatchNorm(HistoryLayer):
         few = isinstance(today.now.size, Tensor) or today.now.size < 2
         if few and self.running_mean is not None and self.running_var is not None:
             # One value has no variance of its own: without history it is normalised by the running statistics.
-            alone = (pooled.share == 1) & (today.now.size < 2)
+            alone = torch.as_tensor((pooled.share == 1) & (today.now.size < 2))
             mean, var = torch.where(alone, torch.stack([self.running_mean, self.running_var]), torch.stack(pooled[:2]))
-            pooled = Pooled(mean, var, pooled.share * ~alone)
+            pooled = Pooled(mean, var, pooled.share * (~alone).to(mean.dtype))
         if is_compiling():
             pooled, response = as_computed(pooled, response)
         return pooled, response, ok, new
@@ -255,7 +259,7 @@ class CrossIterationBatchNorm(HistoryLayer):
         if self.kind == "ring":
             return Ring(self.window, channels, groups, k, like)
         stored = torch.bfloat16 if self.storage == "bfloat16" else None
-        return Exponential(self.positions, stored, channels, groups, k, like)
+        return Exponential(self.positions, self.refresh, stored, channels, groups, k, like)
 
 
 @dataclass(frozen=True)
@@ -278,6 +282,7 @@ class CBN(NormConfig):
     kind: Literal["exponential", "ring"] = "exponential"
     positions: int | None = 16
     storage: Literal["full", "bfloat16"] = "full"
+    refresh: int = 2
 
     @classmethod
     def paper(cls, window: int = 8, burn_in_steps: int = 0) -> "CBN":

@@ -15,6 +15,7 @@ from ..core.moments import Moments
 from ..core.pooled import Pooled, Response, Rule
 from ..core.ranks import Whole
 from ..core.sampling import Seen, everywhere, nothing, sampled
+from ..core.tensors import at_hand
 from .feed import Feed
 from .history import History, Today
 
@@ -25,64 +26,98 @@ class Exponential(History):
     """All batches of one norm behind one map so far, pooled.
 
     Args:
-        samples: output positions that are looked at, of every batch; None: all.
+        samples: output positions that are looked at, of a batch; None: all.
+        refresh: batches from one that is looked at to the next.
         stored: dtype of the covariance, None: that of the statistics.
 
-    State: count (), scalars (2, 2, C): means and variances of :class:`Past`, patch (G, K), covariance (C, K), and
-    what every history has.
+    State: count (2,), scalars (4, C): sizes, mean, var, mean_at, var_at of :class:`Past`, patch (G, K), covariance
+    (C, K), and what every history has.
     """
 
     fields: ClassVar[tuple[str, ...]] = ("count", "scalars", "patch", "covariance", *History.fields)
 
     @torch.inference_mode(False)  # a forward in inference mode must not make a history that training cannot write
     def __init__(
-        self, samples: int | None, stored: torch.dtype | None, channels: int, groups: int, k: int, like: Tensor
+        self,
+        samples: int | None,
+        refresh: int,
+        stored: torch.dtype | None,
+        channels: int,
+        groups: int,
+        k: int,
+        like: Tensor,
     ) -> None:
-        self.samples = samples
-        self.count = like.new_zeros(())
-        self.scalars = like.new_zeros(2, 2, channels)
+        self.samples, self.refresh = samples, refresh
+        self.count = like.new_zeros(2)
+        self.scalars = like.new_zeros(4, channels)
         self.patch = like.new_zeros(groups, k)
         self.covariance = like.new_zeros(channels, k, dtype=stored)
         self._lent: Any = None  # a weak reference to what the last graph got of the covariance
         self.start(channels, like)
 
-    def observe(self, y: Tensor, own: Moments, now: Moments, whole: Whole, feed: Feed | None) -> Seen:
-        """Outputs and patches of some positions, relative to the whole batch's mean."""
-        if feed is None or not y.numel():
-            return nothing(self.patch, self.scalars.shape[2])
+    def observe(self, y: Tensor, own: Moments, now: Moments, whole: Whole, feed: Feed | None) -> Seen | None:
+        """Outputs and patches of some positions, relative to the whole batch's mean; None if they need no look."""
+        if feed is None:
+            return None
+        number, looked = self._look()
+        if looked is False:
+            return None
+        if not y.numel():
+            return nothing(self.patch, self.scalars.shape[1])._replace(looked=looked)
         with torch.no_grad():
             if self.samples is not None:
-                return sampled(feed.x, y, now.mean, feed.geometry, self.samples, self.forwards)
-            seen = everywhere(feed.x, y, own.mean, own.var, feed.geometry, feed.weight)
-            return seen if whole.apart is None else seen._replace(offset=whole.apart)
+                seen = sampled(feed.x, y, now.mean, feed.geometry, self.samples, number)
+            else:
+                seen = everywhere(feed.x, y, own.mean, own.var, feed.geometry, feed.weight)
+                seen = seen if whole.apart is None else seen._replace(offset=whole.apart)
+        return seen._replace(looked=looked)
+
+    def _look(self) -> tuple[Tensor, Tensor | bool]:
+        """How many batches were looked at, and whether this one is to be; on other devices it is, and may not count."""
+        if self.refresh == 1:
+            return self.forwards, True
+        if at_hand(self.forwards) and int(self.forwards) % self.refresh:
+            return self.forwards, False
+        number = self.forwards // self.refresh
+        return number, at_hand(number) or self.forwards == number * self.refresh
 
     @torch.no_grad()
     def pool(self, today: Today, seen: Any, rule: Rule) -> tuple[Pooled, Response | None, Tensor | bool, Any]:
         """See :func:`anybatch.core.exponential.advance`; the covariance may be changed in place already."""
-        compiling, mapped = torch.compiler.is_compiling(), today.rows.shape[1]
+        compiling = torch.compiler.is_compiling()
         # Of what it need not touch, and of what it is given back as it was, a compiler loses track in a checkpoint.
-        covariance = today.rows if compiling and not mapped else self.covariance
-        past = Past(self.count, self.scalars[0], self.scalars[1], self.patch, covariance)
+        untouched = compiling and not today.rows.shape[1]
+        patch, covariance = (today.rows, today.rows) if untouched else (self.patch, self.covariance)
+        mean, var, mean_at, var_at = self.scalars.unbind()
+        past = Past(self.count, mean, var, mean_at, var_at, patch, covariance)
         held = None if compiling or self._lent is None else self._lent()
         free = not compiling and held is None
         rest = today.used, today.part, today.take, free
         pooled, response, new, ok = advance(past, today.now, seen, today.rows, today.bias, rule, *rest)
         if compiling:
-            new = new._replace(covariance=new.covariance.clone())
+            new = new._replace(patch=new.patch.clone(), covariance=new.covariance.clone())
         elif response is not None:
-            # What was not changed stays with the graph that has it already.
-            lent = held if held is not None and new.covariance is self.covariance else new.covariance.detach()
+            # What was not changed stays with the graph that has it already; one in inference mode has none.
+            same = held is not None and new.covariance is self.covariance and not held.is_inference()
+            lent: Any = held if same else new.covariance.detach()
             self._lent = weakref.ref(lent)
             response = response._replace(covariance=lent)
         return pooled, response, ok, new
 
     def push_(self, today: Today, ok: Tensor | bool, new: Any) -> None:
         """Keep the new past; where the batch was not ``ok``, it is the old one."""
-        tensors = new.size, torch.stack([new.means, new.variances]), new.patch, new.covariance
+        if ok is False:
+            return
+        tensors = new.sizes, torch.stack([new.mean, new.var, new.mean_at, new.var_at]), new.patch, new.covariance
         for field, tensor in zip(self.fields, tensors, strict=False):
             if not torch.compiler.is_compiling():
-                with torch.inference_mode(False):  # what is made in inference mode training cannot write
-                    setattr(self, field, tensor.clone() if tensor.is_inference() else tensor)
+                setattr(self, field, _writable(tensor) if tensor.is_inference() else tensor)
             elif tensor.numel():  # of no dimension and in float64 it is a number to a compiler, which drops the copy
                 getattr(self, field).view(-1).copy_(tensor.view(-1))
         self.forwards.add_(ok)
+
+
+@torch.inference_mode(False)
+def _writable(tensor: Tensor) -> Tensor:
+    """A copy that training can write to, of what was made in inference mode."""
+    return tensor.clone()

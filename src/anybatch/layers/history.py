@@ -40,10 +40,10 @@ def as_computed(pooled: Pooled, response: Response | None) -> tuple[Pooled, Resp
     """
     if response is None:
         return Pooled(*kept(*pooled)), None
-    patches, covariance, *rest = response
-    row = covariance if len(covariance) == 1 else None
-    values = kept(*pooled, patches, row, *rest)
-    return Pooled(*values[:3]), Response(values[3], covariance if row is None else row, *values[5:])
+    row = response.covariance if len(response.covariance) == 1 else None
+    patches, covariance, second, left, by, answer = response
+    mean, var, share, row, patches, second, left, *by = kept(*pooled, row, patches, second, left, *by)
+    return Pooled(mean, var, share), Response(patches, covariance if row is None else row, second, left, by, answer)
 
 
 class History:

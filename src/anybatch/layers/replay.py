@@ -75,15 +75,15 @@ def _(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].new_empty(sum(t.numel() for t in tensors))
 
 
-def kept(*tensors: Tensor | None) -> list[Any]:
-    """Tensors that a graph's backward takes from its forward.
+def kept(*tensors: Any) -> list[Any]:
+    """Tensors that a graph's backward takes from its forward; what is none stays as it is.
 
     A compiler else computes some of them again, from a state that the forward has changed by then; what comes out of
     an operator that is not its own it keeps.
     """
-    given = [t for t in tensors if t is not None]
+    given = [t for t in tensors if isinstance(t, Tensor)]
     parts = iter(_kept(given).split([t.numel() for t in given]))
-    return [None if t is None else next(parts).view(t.shape) for t in tensors]
+    return [next(parts).view(t.shape) if isinstance(t, Tensor) else t for t in tensors]
 
 
 def as_they_are(*tensors: Tensor) -> Sequence[Tensor]:

@@ -66,7 +66,7 @@ class Ring(History):
         sums = (now.mean + now.var + at.mean[:, 0] + at.var[:, 0]).sum()
         if torch.compiler.is_compiling() and response is not None:
             # Needed by the forward too, or a compiler computes them after the history has changed, in the backward.
-            sums = sums + torch.stack([t.sum() for t in response if t is not None]).sum()
+            sums = sums + torch.stack([t.sum() for t in (*response, *response.by) if isinstance(t, Tensor)]).sum()
         ok = torch.isfinite(sums)
         if isinstance(now.size, Tensor):
             ok = ok & (now.size > 0)

@@ -75,7 +75,9 @@ def _bench(config: BenchConfig, norms: dict[Row, Any], progress: Callable[[int, 
         )
     seconds: dict[Row, list[float]] = {row: [] for row in ready}
     once = median(_time(ready[reference], config.device, 1) for _ in range(WARM_UP))
-    repeats = max(1, math.ceil(LEAST / once))
+    # A method whose steps are of several kinds in turn takes all of them in its turn.
+    period = math.lcm(*(getattr(norm, "refresh", 1) for norm in norms.values()))
+    repeats = period * max(1, math.ceil(LEAST / once / period))
     order, shuffle = list(ready), random.Random(0).shuffle
     for number in range(config.rounds):
         shuffle(order)
@@ -89,7 +91,7 @@ def _bench(config: BenchConfig, norms: dict[Row, Any], progress: Callable[[int, 
             timings.append(Timing(row, repr(norm), refused=reason, failed=failed))
         else:
             ratios = tuple(a / b for a, b in zip(seconds[row], seconds[reference], strict=True))
-            timings.append(Timing(row, repr(norm), tuple(seconds[row]), ratios, measure(ready[row])))
+            timings.append(Timing(row, repr(norm), tuple(seconds[row]), ratios, measure(ready[row], period)))
     return Outcome(config, tuple(timings), repeats, copy_bandwidth(config.device))
 
 

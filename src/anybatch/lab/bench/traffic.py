@@ -33,8 +33,9 @@ class Traffic:
         history: of the training state that layers keep.
         peak: at most alive at once in a step: weights, running statistics, history, gradients and activations; on a CPU
             without what operators hold for themselves, and not known where those are compiled. None: not known.
-        moved: that operators read and wrote, every one its inputs once and its outputs once, views for nothing; as if
-            there were no cache between operators. None: not known, as operators are compiled.
+        moved: that operators read and wrote, in the mean of the steps that were measured, every one its inputs once and
+            its outputs once, views for nothing; as if there were no cache between operators. None: not known, as
+            operators are compiled.
     """
 
     weights: int
@@ -96,8 +97,8 @@ def _bytes(t: Tensor) -> int:
     return t.element_size() * math.prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride or not n)
 
 
-def measure(steps: Subject) -> Traffic:
-    """Of the next step, which is the slower for it."""
+def measure(steps: Subject, several: int = 1) -> Traffic:
+    """Of the next steps, which are the slower for it."""
     model = steps.model
     released = [t for m in model.modules() if isinstance(m, ReleasedCBN) for t in m.history()]
     history = sum(map(_bytes, (*_tensors(history_state_dict(model)), *released)))
@@ -108,7 +109,8 @@ def measure(steps: Subject) -> Traffic:
     if steps.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        steps()
+        for _ in range(several):
+            steps()
         held = weights + history + sum(map(_bytes, model.buffers()))
         # A graph's memory is set aside when it is captured.
         peak = None if GRAPHS in steps.how else held + torch.cuda.max_memory_allocated() - before
@@ -118,10 +120,11 @@ def measure(steps: Subject) -> Traffic:
         del released
         try:
             with meter:
-                steps()
+                for _ in range(several):
+                    steps()
         finally:
             meter.close()
-        moved, peak = meter.moved, meter.peak if peak is None else peak
+        moved, peak = meter.moved // several, meter.peak if peak is None else peak
     return Traffic(weights, history, peak, moved)
 
 
