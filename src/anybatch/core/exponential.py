@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .answer import By, answer, answer_unseen
 from .moments import Moments, blend
 from .pooled import Pooled, Response, Rule, add_spread_
 from .ranks import total
@@ -67,22 +68,6 @@ class _Carried(NamedTuple):
     mean_by: Tensor | None  # dmean/dW = P + mean_by D; None: zero
     var_by: Tensor  # 1/2 dvar/dW = var_by D + var_by_patch P
     var_by_patch: Tensor | None
-
-
-class _By(NamedTuple):
-    """What :func:`_answer` needs besides f: (C,), or a number."""
-
-    s: Tensor | float
-    at: Tensor | float
-    through: Tensor | float  # whether there is a gradient through the past
-    mean_by: Tensor | None
-    var_by: Tensor
-    gap: Tensor  # 1/2 dvar/dmean(W), over (1 - s)
-    apart: Tensor | None  # positions' mean less the past's, times (1 - at)
-    lean: Tensor | None  # this rank's positions' mean less that of all
-    offset: Tensor  # positions' mean less the batch's
-    rest: Tensor  # the batch's variance less what ``left`` says along W
-    per: Tensor  # 1 / <D, W> with today in D
 
 
 def advance(
@@ -140,13 +125,13 @@ def advance(
     gap = gap if carried.var_by_patch is None else gap + carried.var_by_patch
     through = float(rule.gradient) if used is None else used * float(rule.gradient)
     of_carried = carried.mean_by, carried.var_by, gap
-    by = _By(s, at, through, *of_carried, apart, lean, offset, rest, _inverse(var_at, var))
+    by = By(s, at, through, *of_carried, apart, lean, offset, rest, _inverse(var_at, var))
     ok = _good(now, take, mean + mean_at, var + var_at)
     pooled = _pooled(mean, var, s, now, used)
     sizes, mean, var, mean_at, var_at = _where(ok, (sizes, mean, var, mean_at, var_at), past)
     new = past._replace(sizes=sizes, mean=mean, var=var, mean_at=mean_at, var_at=var_at)
     if seen is None or apart is None:
-        response = Response(past.patch.unsqueeze(0), past.covariance, None, None, by, _answer_unseen)
+        response = Response(past.patch.unsqueeze(0), past.covariance, None, None, by, answer_unseen)
         return pooled, response, new, ok
     patch, left, second = seen.patch, seen.left, seen.covariance
     if part is not None:
@@ -158,9 +143,8 @@ def advance(
         whole = None if second is None else second * at
         keep, lefts, right, whole = _where(ok, (1 - at, lefts, patches, whole), (1.0, 0.0, 0.0, 0.0))
         covariance = _renew(past.covariance, keep, lefts, right, whole, in_place)
-        blended = _where(ok, [past.patch.lerp(patch, at)], [past.patch])[0]
-        new = new._replace(patch=blended, covariance=covariance)
-    return pooled, Response(patches, new.covariance, second, None if second is not None else left, by, _answer), new, ok
+        new = new._replace(patch=_where(ok, [past.patch.lerp(patch, at)], [past.patch])[0], covariance=covariance)
+    return pooled, Response(patches, new.covariance, second, None if second is not None else left, by, answer), new, ok
 
 
 def _count(
@@ -233,45 +217,6 @@ def _scatter(seen: Seen, rows: Tensor) -> Tensor:
         return by_whole
     by_positions: Tensor = torch.linalg.vecdot(seen.left.t(), by_patch(seen.right.transpose(0, 1), rows))
     return by_positions
-
-
-def _answer(by: Sequence[Any], f: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[Tensor]:
-    """Of :class:`Response`: for yesterday's P, today's E[p], D with today in it, today's own, and b.
-
-    What is taken back of 'later' is today's; what the positions do not see of it along W goes by D.
-    """
-    h, d, of_d = _through(_By(*by), f)
-    at, apart, lean = by[1], by[6], by[7]
-    _, _, back_mean, back_var = f
-    own = d * at
-    today = torch.addcmul(back_mean, own, apart if lean is None else apart + lean, value=-1)
-    if lean is not None:
-        today = torch.addcmul(today, lean, back_var)
-    return [torch.addcmul(h, own, apart), today, of_d, back_var - own, h + back_mean]
-
-
-def _answer_unseen(by: Sequence[Any], f: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[Tensor]:
-    """The same where no position was looked at, and today's E[p] is taken to be P: for P, D and b."""
-    h, _, of_d = _through(_By(*by), f)
-    of_b = h + f[2]
-    return [of_b, of_d, of_b]
-
-
-def _through(by: _By, f: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """What goes by yesterday's P and by today's D, and the latter with what goes back."""
-    of_mean, of_var, back_mean, back_var = f
-    past = (1 - by.s) * by.through
-    h = torch.addcmul(of_mean, by.gap, of_var)
-    d = by.var_by * of_var
-    if by.mean_by is not None:
-        d = torch.addcmul(d, by.mean_by, h)
-    d = d * (past / _positive(1 - by.at))  # yesterday's D is today's, less what was added, over 1 - at
-    back = torch.addcmul(by.rest * back_var, by.offset, back_mean, value=-1)
-    return h * past, d, torch.addcmul(d, back, by.per)
-
-
-def _positive(number: Tensor | float) -> Tensor | float:
-    return number.clamp_min(1e-30) if isinstance(number, Tensor) else max(number, 1e-30)
 
 
 def _inverse(var_at: Tensor, var: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ The norm after a linear map y = W p + b, at weights W_t, over a window of k batc
 ``kind`` 'ring', the paper's (core/taylor.py): the last k - 1 batches, each kept with its answer to the weights; shares
 s_tau by sample count ('samples': still weights make this BatchNorm on the window's concatenation) or 1/k ('equal', the
 paper's). 'exponential' (core/exponential.py): all past batches in the memory of one, with shares that fall by
-1 - 1/k a batch, so that the newest has 1/k here too; it costs the same whatever k is. Its answer to the weights is
-read from some ``positions`` of every batch. Evaluation is BatchNorm on the running statistics, so it folds.
+1 - 1/k a batch, so that the newest has 1/k here too; it costs the same whatever k is. Its answer to the weights is read
+from some ``positions`` of every ``refresh``-th batch. Evaluation is BatchNorm on the running statistics: it folds.
 
 Backward (core/pooled.py): 'current', the paper's, holds the history constant. 'history' lets the loss flow through the
 carried moments into W, which makes it blind to the scale of W again: <dL/dW, W> = 0 up to eps, as BatchNorm has it. For
@@ -19,9 +19,9 @@ the layers before, no history carries what later batches will take from this one
 it is estimated by gamma / sqrt(var_bar + eps) (1 - s) (-R1 - y_hat R2), with s the current batch's share and R1, R2 the
 averages of E[g], E[g y_hat] over ``average_reductions`` backwards.
 
-Deviations from the paper, each an option: exponential shares, sampled answers, the standard deviation expanded instead
-of E[y^2] (``expansion``), the gradient through the history, the averaged reductions, shares by count (``pooling``), and
-running statistics whose momentum counts examples (``momentum_batch``) and whose variance is the total one.
+Deviations from the paper, each an option: exponential shares, sampled answers, expanding the deviation and not E[y^2],
+the gradient through the history, averaged reductions, shares by count (``pooling``), running statistics whose momentum
+counts examples (``momentum_batch``) and whose variance is the total one.
 """
 
 from dataclasses import dataclass
@@ -64,9 +64,9 @@ class CrossIterationBatchNorm(HistoryLayer):
         dtype: of parameters and running statistics.
         bias: whether an affine layer has beta.
         kind: 'exponential' or 'ring' (the paper's), how the past is kept.
-        positions: output positions of every batch from which 'exponential' reads how moments answer to the weights;
-            None: all, at the cost of one weight gradient more. 'ring' takes all.
-        refresh: batches from one that 'exponential' reads positions of to the next.
+        positions: output positions of a batch from which 'exponential' reads how moments answer to the weights; None:
+            all, at the cost of one weight gradient more. 'ring' takes all.
+        refresh: every so many batches 'exponential' reads them, and lets them stand for those between; 'ring': always.
         storage: of what 'exponential' keeps in the size of the weights: 'full' (as the statistics) or 'bfloat16'.
         gradient: 'history' (through the carried moments) or 'current' (the paper's).
         compensate: carry past moments over to today's weights; False is naive CBN.
@@ -77,17 +77,16 @@ class CrossIterationBatchNorm(HistoryLayer):
         momentum_batch: examples of a batch at which ``momentum`` is torch's; a smaller batch of n moves the running
             statistics by 1 - (1 - momentum)^(n / momentum_batch). None: every forward counts the same, as in torch.
         running: 'total' (running_var is the total population variance) or 'torch' (average of Bessel variances).
-        burn_in_steps: training forwards normalised by their own batch alone before the window is used.
-        examples_per_group: a larger batch is taken as so many examples at a time, each group one entry of the history,
-            as if they came one after another without a step between; None: the batch is one entry.
+        burn_in_steps: training forwards normalised by their own batch alone, before the window is used.
+        examples_per_group: a larger batch is taken as so many examples at a time, one entry of the history each, as if
+            they came one after another without a step between; None: the batch is one entry.
         alpha: the share of the example's own moments in evaluation, see :func:`anybatch.weigh_examples_`.
-        sync: pool over the ranks of ``process_group`` too (an attribute; torch's default group): the moments are those
-            of the ranks' batches together. Each rank keeps its part of the history.
+        sync: pool over the ranks of ``process_group`` too (an attribute; torch's default group), as if their batches
+            were one. Each rank keeps its part of the history.
 
     Shape: (N, C, *) -> (N, C, *).
 
-    State: torch's BatchNorm's (running_var by ``running``), and outside of the state_dict the
-        history, see :func:`anybatch.history_state_dict`.
+    State: torch's BatchNorm's (running_var by ``running``), beside it :func:`anybatch.history_state_dict`'s.
 
     Raises:
         AnybatchError: an option out of its range, or an input that does not fit the layer or is not what its map made.
@@ -180,9 +179,7 @@ class CrossIterationBatchNorm(HistoryLayer):
             check_whole("CBN", name, options[name], none=True)
         if options["storage"] != "full" and (options["kind"] == "ring" or options["window"] > 256):
             # A batch's share must be more than half a unit in the last place, or what is kept stands still.
-            raise AnybatchError(
-                "CBN: storage='bfloat16' takes kind='exponential' and a window of at most 256; give 'full'"
-            )
+            raise AnybatchError("CBN: storage='bfloat16' takes kind='exponential' and a window up to 256; give 'full'")
         if options.get("sync") and options["examples_per_group"]:
             raise AnybatchError("CBN: sync=True with examples_per_group, of which ranks may have unequal numbers")
 
@@ -215,18 +212,17 @@ class CrossIterationBatchNorm(HistoryLayer):
             self._replay.remember(now.mean, index, found)
         pooled, response = found
         averages = self.averages(history) if self.average_reductions and response is not None else None
-        on_backward = None if torch.compiler.is_compiling() else self._replay.backward_begins
-        args = (now, pooled, map, response, averages, self.group, on_backward, passes)
+        begins = None if is_compiling() else self._replay.backward_begins
+        args = (now, pooled, map, response, averages, self.group, begins, passes)
         return normalise_pooled(y, weight, bias, self.eps, *args)
 
     def _map(self, feed: Feed | None, own: Moments) -> Map:
-        dtype = own.mean.dtype
         if feed is None or not self.compensates:
             return Map(own.mean.new_zeros(self.num_features, 0), None)
-        bias = None if feed.bias is None else feed.bias.to(dtype)
-        return Map(feed.geometry.plain_rows(feed.weight).to(dtype), bias)
+        bias = None if feed.bias is None else feed.bias.to(own.mean.dtype)
+        return Map(feed.geometry.plain_rows(feed.weight).to(own.mean.dtype), bias)
 
-    # once() needs gradients enabled: a checkpoint without them marks nothing. Here is nothing that has any.
+    # once() needs gradients enabled: a checkpoint without them marks nothing.
     def _first(
         self, y: Tensor, own: Moments, now: Moments, whole: Whole, map: Map, feed: Feed | None, history: History
     ) -> tuple[Pooled, Response | None]:
@@ -244,10 +240,10 @@ class CrossIterationBatchNorm(HistoryLayer):
     def _pool(self, history: History, today: Today, seen: Any) -> tuple[Pooled, Response | None, Tensor | bool, Any]:
         rule = Rule(self.window, self.pooling == "samples", self.second_moment, self.gradient == "history", self.group)
         pooled, response, ok, new = history.pool(today, seen, rule)
-        few = isinstance(today.now.size, Tensor) or today.now.size < 2
-        if few and self.running_mean is not None and self.running_var is not None:
+        size = today.now.size
+        if (isinstance(size, Tensor) or size < 2) and self.running_mean is not None and self.running_var is not None:
             # One value has no variance of its own: without history it is normalised by the running statistics.
-            alone = torch.as_tensor((pooled.share == 1) & (today.now.size < 2))
+            alone = torch.as_tensor((pooled.share == 1) & (size < 2))
             mean, var = torch.where(alone, torch.stack([self.running_mean, self.running_var]), torch.stack(pooled[:2]))
             pooled = Pooled(mean, var, pooled.share * (~alone).to(mean.dtype))
         if is_compiling():
@@ -258,7 +254,7 @@ class CrossIterationBatchNorm(HistoryLayer):
         """Of the layer's kind."""
         if self.kind == "ring":
             return Ring(self.window, channels, groups, k, like)
-        stored = torch.bfloat16 if self.storage == "bfloat16" else None
+        stored = None if self.storage == "full" else torch.bfloat16
         return Exponential(self.positions, self.refresh, stored, channels, groups, k, like)
 
 
