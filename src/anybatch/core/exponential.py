@@ -222,8 +222,8 @@ def _scatter(seen: Seen, rows: Tensor) -> Tensor:
 def _inverse(var_at: Tensor, var: Tensor) -> Tensor:
     """1 / var_at, no more than 64 / var: of less the positions have seen too little to say how the variance changes."""
     # Literals: a compiler asked for dynamic sizes takes a global number for one of them.
-    # Below 1e-30 eps is all there is, and one weak channel's reciprocal must not make the whole batch not finite.
-    return torch.maximum(var_at, var / 64).clamp_min(1e-30).reciprocal()
+    # Below 1e-20 eps is all there is, and a constant channel's rounding must not be blown up.
+    return torch.maximum(var_at, var / 64).clamp_min(1e-20).reciprocal()
 
 
 def _where(ok: Tensor | bool, new: Sequence[Any], old: Iterable[Any]) -> Sequence[Any]:
