@@ -54,6 +54,7 @@ class Past(NamedTuple):
     var: Tensor  # (C,) population
     mean_at: Tensor  # (C,) <P, W_t> + b_t, at the weights of the last batch
     var_at: Tensor  # (C,) <D, W_t>
+    per: Tensor  # (C,) 1 / var_at, see :func:`_inverse`
     patch: Tensor  # (G, K) P
     covariance: Tensor  # (C, K) D, float32 or better, or bfloat16
 
@@ -107,7 +108,8 @@ def advance(
         mean, var = blend(past.mean, past.var, now.mean, now.var, s)
         ok = _good(now, take, mean, var)
         sizes, kept, kept_var = _where(ok, (sizes, mean, var), past)
-        new = past._replace(sizes=sizes, mean=kept, var=kept_var, mean_at=kept, var_at=kept_var)
+        of_map = dict.fromkeys(("mean_at", "var_at", "per"), kept)  # which nobody reads
+        new = past._replace(sizes=sizes, mean=kept, var=kept_var, **of_map)
         return _pooled(mean, var, s, now, used), None, new, ok
     carried, own = _carry(past, seen, rows, bias, part, rule)
     mean, var = blend(carried.mean, carried.var, now.mean, now.var, s)
@@ -125,11 +127,11 @@ def advance(
     gap = gap if carried.var_by_patch is None else gap + carried.var_by_patch
     through = float(rule.gradient) if used is None else used * float(rule.gradient)
     of_carried = carried.mean_by, carried.var_by, gap
-    by = By(s, at, through, *of_carried, apart, lean, offset, rest, _inverse(var_at, var))
+    per = _inverse(var_at, var)
+    by = By(s, at, through, *of_carried, apart, lean, offset, rest, per)
     ok = _good(now, take, mean + mean_at, var + var_at)
     pooled = _pooled(mean, var, s, now, used)
-    sizes, mean, var, mean_at, var_at = _where(ok, (sizes, mean, var, mean_at, var_at), past)
-    new = past._replace(sizes=sizes, mean=mean, var=var, mean_at=mean_at, var_at=var_at)
+    new = Past._make((*_where(ok, (sizes, mean, var, mean_at, var_at, per), past), past.patch, past.covariance))
     if seen is None or apart is None:
         response = Response(past.patch.unsqueeze(0), past.covariance, None, None, by, answer_unseen)
         return pooled, response, new, ok
@@ -201,11 +203,10 @@ def _carry(
         var = past.var + 2 * (var_at - past.var_at) - delta.square()
         live = (var > 0).to(var.dtype)
         return _Carried(mean, var.clamp_min(0), mean_at, var_at, None, live, -live * delta), own
-    per = _inverse(past.var_at, past.var)
-    ratio = (var_at - past.var_at) * per + 1
+    ratio = (var_at - past.var_at) * past.per + 1
     slope = ratio * past.var
     mean, var = torch.addcmul(mean_at, apart, ratio), slope * ratio
-    return _Carried(mean, var, mean_at, var_at, apart * per, slope * per, None), own
+    return _Carried(mean, var, mean_at, var_at, apart * past.per, slope * past.per, None), own
 
 
 def _scatter(seen: Seen, rows: Tensor) -> Tensor:

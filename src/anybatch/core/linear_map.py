@@ -55,18 +55,10 @@ class LinearMap:
             return cls()
         if not isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
             return None
-        # torch keeps 'same' and integer padding alike as (last dim before, after, ..., first dim before, after).
-        flat: list[int] = module._reversed_padding_repeated_twice
-        pads = tuple((flat[2 * i], flat[2 * i + 1]) for i in reversed(range(len(module.kernel_size))))
-        return cls(
-            module.groups,
-            tuple(module.kernel_size),
-            tuple(module.stride),
-            tuple(module.dilation),
-            pads,
-            module.padding_mode,
-            isinstance(module, TRANSPOSED),
-        )
+        read = _geometry if torch.compiler.is_compiling() else _cached_geometry
+        facts = module.groups, tuple(module.kernel_size), tuple(module.stride), tuple(module.dilation)
+        padding: list[int] = module._reversed_padding_repeated_twice  # 'same' and integers alike
+        return read(*facts, tuple(padding), module.padding_mode, isinstance(module, TRANSPOSED))
 
     def rows(self, weight: Tensor) -> Tensor:
         """The weight as one row an output channel, (C, K); differentiable, so a gradient keeps its own layout."""
@@ -199,6 +191,20 @@ class LinearMap:
         return self.kernel[d], self.stride[d], self.dilation[d], self.pads[d], self.padding_mode, self.transposed
 
 
+def _geometry(
+    groups: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    padding_mode: str,
+    transposed: bool,
+) -> LinearMap:
+    """``padding`` is (last dimension before, after, ..., first dimension before, after)."""
+    pads = tuple((padding[2 * i], padding[2 * i + 1]) for i in reversed(range(len(kernel))))
+    return LinearMap(groups, tuple(kernel), tuple(stride), tuple(dilation), pads, padding_mode, transposed)
+
+
 def _tap_reads(
     kernel: int,
     stride: int,
@@ -241,6 +247,7 @@ def _tap_counts(
     return counts.scatter_add_(1, reads + 1, torch.ones((), dtype=dtype).expand_as(reads))[:, 1:].to(device)
 
 
+_cached_geometry = lru_cache(maxsize=1024)(_geometry)
 # What is cached must serve training too.
 _cached_tap_reads = lru_cache(maxsize=1024)(torch.inference_mode(False)(_tap_reads))
 _cached_tap_counts = lru_cache(maxsize=1024)(torch.inference_mode(False)(_tap_counts))

@@ -248,6 +248,9 @@ def _write_grad(
         grad.copy_(covariance).mul_(of[i].unsqueeze(1))
     if second is not None:
         grad.addcmul_(second, of[i + 1].unsqueeze(1))
+    if len(patches) == 1:
+        add_spread_(grad, of[0].unsqueeze(0), patches)
+        return
     lefts = torch.stack(list(of[:i]))
     add_spread_(grad, lefts if left is None else torch.cat([lefts, left * of[i + 1]]), patches)
 

@@ -30,8 +30,8 @@ class Exponential(History):
         refresh: batches from one that is looked at to the next.
         stored: dtype of the covariance, None: that of the statistics.
 
-    State: count (2,), scalars (4, C): sizes, mean, var, mean_at, var_at of :class:`Past`, patch (G, K), covariance
-    (C, K), and what every history has.
+    State: count (2,), scalars (5, C): sizes, then mean, var, mean_at, var_at, per of :class:`Past`, patch (G, K),
+    covariance (C, K), and what every history has.
     """
 
     fields: ClassVar[tuple[str, ...]] = ("count", "scalars", "patch", "covariance", *History.fields)
@@ -49,7 +49,7 @@ class Exponential(History):
     ) -> None:
         self.samples, self.refresh = samples, refresh
         self.count = like.new_zeros(2)
-        self.scalars = like.new_zeros(4, channels)
+        self.scalars = like.new_zeros(5, channels)
         self.patch = like.new_zeros(groups, k)
         self.covariance = like.new_zeros(channels, k, dtype=stored)
         self._lent: Any = None  # a weak reference to what the last graph got of the covariance
@@ -88,8 +88,7 @@ class Exponential(History):
         # Of what it need not touch, and of what it is given back as it was, a compiler loses track in a checkpoint.
         untouched = compiling and not today.rows.shape[1]
         patch, covariance = (today.rows, today.rows) if untouched else (self.patch, self.covariance)
-        mean, var, mean_at, var_at = self.scalars.unbind()
-        past = Past(self.count, mean, var, mean_at, var_at, patch, covariance)
+        past = Past._make((self.count, *self.scalars.unbind(), patch, covariance))
         held = None if compiling or self._lent is None else self._lent()
         free = not compiling and held is None
         rest = today.used, today.part, today.take, free
@@ -108,7 +107,8 @@ class Exponential(History):
         """Keep the new past; where the batch was not ``ok``, it is the old one."""
         if ok is False:
             return
-        tensors = new.sizes, torch.stack([new.mean, new.var, new.mean_at, new.var_at]), new.patch, new.covariance
+        sizes, *scalars, patch, covariance = new
+        tensors = sizes, torch.stack(scalars), patch, covariance
         for field, tensor in zip(self.fields, tensors, strict=False):
             if not torch.compiler.is_compiling():
                 setattr(self, field, _writable(tensor) if tensor.is_inference() else tensor)
