@@ -127,7 +127,7 @@ class Exponential:
         now_mean, now_var = batch_moments(y)
         n = 1.0 if self.equal else y.numel() / y.shape[1]
         s = n / (self.decay * self.size + n)
-        s_at = 1 - self.decay * self.size_at / (self.decay * self.size + n)
+        s_at = min(1 - self.decay * self.size_at / (self.decay * self.size + n), 1 - (1 - s) / 8)
         looked = at is not None
         seen = y.movedim(1, -1).flatten(0, -2)[at if looked else slice(None)].detach()
         p = p[at if looked else slice(None)]

@@ -6,7 +6,7 @@ included) and, over the positions that were looked at (core/sampling.py),
 
     P = E[p],   mean_at = <P, W_t> + b_t,   D = E[(y - E[y]) (p - E[p])],   var_at = <D, W_t>
 
-with W_t, b_t the weights they were last read with. At today's weights, with r = 1 + (<D, W> - var_at) / var_at:
+with W_t, b_t the weights they were last read with. At today's weights, with r = <D, W> / var_at:
 
     'deviation':      mean(W) = <P, W> + b + r (mean - mean_at),   var(W) = r^2 var
     'second_moment':  mean(W) = <P, W> + b +   (mean - mean_at),
@@ -45,6 +45,8 @@ from .tensors import at_hand, finite
 
 __all__ = ["Past", "advance"]
 
+_TIMES = 8  # as often may rounding grow in (1 - s) / (1 - at)
+
 
 class Past(NamedTuple):
     """All batches so far. Of a batch spread over ranks each has its part of ``patch`` and ``covariance``."""
@@ -54,7 +56,7 @@ class Past(NamedTuple):
     var: Tensor  # (C,) population
     mean_at: Tensor  # (C,) <P, W_t> + b_t, at the weights of the last batch
     var_at: Tensor  # (C,) <D, W_t>
-    per: Tensor  # (C,) 1 / var_at, see :func:`_inverse`
+    per: Tensor  # (C,) 1 / var_at, or zero: see :func:`_inverse`
     patch: Tensor  # (G, K) P
     covariance: Tensor  # (C, K) D, float32 or better, or bfloat16
 
@@ -125,7 +127,7 @@ def advance(
         mean_at, var_at = blend(mean_at, var_at, today, scatter, at)
     gap = (carried.mean - now.mean) * s
     gap = gap if carried.var_by_patch is None else gap + carried.var_by_patch
-    through = float(rule.gradient) if used is None else used * float(rule.gradient)
+    through = float(rule.gradient) if used is None else used.to(mean.dtype) * float(rule.gradient)
     of_carried = carried.mean_by, carried.var_by, gap
     per = _inverse(var_at, var)
     by = By(s, at, through, *of_carried, apart, lean, offset, rest, per)
@@ -152,16 +154,21 @@ def advance(
 def _count(
     sizes: Tensor, kept: float, n: Tensor | float, looked: Tensor | bool
 ) -> tuple[Tensor, Tensor | float, Tensor | float]:
-    """C with a batch of n in it, and what is left of C as of the last look; what share is newer than either."""
+    """C with a batch of n in it, and what is left of C as of the last look; what share is newer than either.
+
+    The second no more than 1 - (1 - s) / 8: the gradient needs yesterday's D, which is what today's leaves of it.
+    """
     if at_hand(sizes) and not isinstance(n, Tensor) and isinstance(looked, bool):
         whole, seen = (size * kept for size in sizes.tolist())
         whole += n
-        seen, at = (whole, 1 - seen / whole) if looked else (seen, 0.0)
-        return sizes.new_tensor([whole, seen]), n / whole, at
+        s = n / whole
+        seen, at = (whole, min(1 - seen / whole, 1 - (1 - s) / _TIMES)) if looked else (seen, 0.0)
+        return sizes.new_tensor([whole, seen]), s, at
     whole, seen = (sizes * kept).unbind()
     whole = whole + n
     least = whole.clamp_min(1)
-    s, at = n / least, (1 - seen / least) * looked
+    s = n / least
+    at = torch.minimum(1 - seen / least, 1 - (1 - s) / _TIMES) * looked
     new = torch.stack([whole, torch.where(torch.as_tensor(looked, device=whole.device), whole, seen)])
     return (new, s.item(), at.item()) if at_hand(s) else (new, s, at)
 
@@ -169,7 +176,9 @@ def _count(
 def _pooled(mean: Tensor, var: Tensor, s: Tensor | float, now: Moments, used: Tensor | None) -> Pooled:
     if used is None:
         return Pooled(mean, var, s)
-    mean, var, share = _where(used, (mean, var, torch.as_tensor(s).to(mean)), (now.mean, now.var, 1.0))
+    mean, var, share = _where(
+        used, (mean, var, torch.as_tensor(s, dtype=mean.dtype, device=mean.device)), (now.mean, now.var, 1.0)
+    )
     return Pooled(mean, var, share)
 
 
@@ -221,10 +230,10 @@ def _scatter(seen: Seen, rows: Tensor) -> Tensor:
 
 
 def _inverse(var_at: Tensor, var: Tensor) -> Tensor:
-    """1 / var_at, no more than 64 / var: of less the positions have seen too little to say how the variance changes."""
+    """1 / var_at, or zero where the positions have seen too little of the variance to say how it changes."""
     # Literals: a compiler asked for dynamic sizes takes a global number for one of them.
-    # Below 1e-20 eps is all there is, and a constant channel's rounding must not be blown up.
-    return torch.maximum(var_at, var / 64).clamp_min(1e-20).reciprocal()
+    # Below 1e-30 eps is all there is, and one weak channel's reciprocal must not make the whole batch not finite.
+    return torch.where(var_at > (var / 64).clamp_min(1e-30), var_at.reciprocal(), 0.0)
 
 
 def _where(ok: Tensor | bool, new: Sequence[Any], old: Iterable[Any]) -> Sequence[Any]:

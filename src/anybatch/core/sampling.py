@@ -20,7 +20,7 @@ from .moments import channel_mean, moments
 from .pooled import spread
 from .tensors import at_hand
 
-__all__ = ["Seen", "everywhere", "nothing", "positions", "sampled"]
+__all__ = ["Seen", "everywhere", "looks", "nothing", "positions", "sampled"]
 
 _GOLDEN = 2654435769  # 2^32 / golden ratio
 _SILVER = 1779033704  # 2^32 (sqrt(2) - 1)
@@ -44,6 +44,21 @@ class _Places(NamedTuple):
     outputs: list[Tensor]  # indices of examples and coordinates, (S,)
     inputs: list[Tensor]  # and of the patches, see LinearMap.reading
     outside: Tensor | None
+
+
+def looks(forwards: Any, refresh: int) -> tuple[Any, Any]:
+    """How many batches were looked at before, and whether to look at this one: at one of every ``refresh``.
+
+    Which of them changes from one such stretch to the next, or of two inputs in turn (a discriminator's, the levels of
+    a shared head) one would never be seen; of the first it is the first.
+
+    Args:
+        forwards: batches before this one; an int, or () int64.
+        refresh: batches in a stretch.
+    """
+    stretch = forwards // refresh
+    place = ((stretch * _GOLDEN) % (1 << 32) * refresh) >> 32
+    return stretch, forwards - stretch * refresh == place
 
 
 def positions(examples: int, size: tuple[int, ...], samples: int, number: Tensor) -> Tensor:

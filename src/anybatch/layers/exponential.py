@@ -14,7 +14,7 @@ from ..core.exponential import Past, advance
 from ..core.moments import Moments
 from ..core.pooled import Pooled, Response, Rule
 from ..core.ranks import Whole
-from ..core.sampling import Seen, everywhere, nothing, sampled
+from ..core.sampling import Seen, everywhere, looks, nothing, sampled
 from ..core.tensors import at_hand
 from .feed import Feed
 from .history import History, Today
@@ -76,10 +76,17 @@ class Exponential(History):
         """How many batches were looked at, and whether this one is to be; on other devices it is, and may not count."""
         if self.refresh == 1:
             return self.forwards, True
-        if at_hand(self.forwards) and int(self.forwards) % self.refresh:
+        if at_hand(self.forwards) and not looks(int(self.forwards), self.refresh)[1]:
             return self.forwards, False
-        number = self.forwards // self.refresh
-        return number, at_hand(number) or self.forwards == number * self.refresh
+        number, looked = looks(self.forwards, self.refresh)
+        return number, at_hand(number) or looked
+
+    def like(self, tensor: Tensor) -> History:
+        """As every history; what a graph has of the covariance is none of the one that has moved."""
+        before = self.covariance
+        super().like(tensor)
+        self._lent = self._lent if self.covariance is before else None
+        return self
 
     @torch.no_grad()
     def pool(self, today: Today, seen: Any, rule: Rule) -> tuple[Pooled, Response | None, Tensor | bool, Any]:
