@@ -25,7 +25,7 @@ counts examples (``momentum_batch``) and whose variance is the total one.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -162,24 +162,20 @@ class CrossIterationBatchNorm(HistoryLayer):
     def check_options(cls, **options: Any) -> None:
         """Refuse options out of range."""
         super().check_options(**options)
-        choices = {
-            "kind": ("exponential", "ring"),
-            "storage": ("full", "bfloat16"),
-            "gradient": ("history", "current"),
-            "pooling": ("samples", "equal"),
-            "expansion": ("deviation", "second_moment"),
-            "running": ("total", "torch"),
-        }
-        for name, known in choices.items():
-            check_choice("CBN", name, options[name], known)
+        for name, hint in get_type_hints(CBN).items():
+            if get_origin(hint) is Literal:
+                check_choice("CBN", name, options[name], get_args(hint))
         check_flag("CBN", "compensate", options["compensate"])
         for name, least in {"window": 1, "refresh": 1, "average_reductions": 0, "burn_in_steps": 0}.items():
             check_whole("CBN", name, options[name], least)
         for name in ("positions", "momentum_batch", "examples_per_group"):
             check_whole("CBN", name, options[name], none=True)
-        if options["storage"] != "full" and (options["kind"] == "ring" or options["window"] > 256):
+        kind, window = options["kind"], options["window"]
+        if options["storage"] != "full" and (kind == "ring" or window > 256):
             # A batch's share must be more than half a unit in the last place, or what is kept stands still.
-            raise AnybatchError("CBN: storage='bfloat16' takes kind='exponential' and a window up to 256; give 'full'")
+            raise AnybatchError(
+                f"CBN: storage='bfloat16' is for 'exponential', window to 256: {kind=}, {window=} take 'full'"
+            )
         if options.get("sync") and options["examples_per_group"]:
             raise AnybatchError("CBN: sync=True with examples_per_group, of which ranks may have unequal numbers")
 

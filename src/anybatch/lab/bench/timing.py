@@ -52,15 +52,18 @@ def _bench(config: BenchConfig, norms: dict[Row, Any], progress: Callable[[int, 
     batches = batches_of(config)
     refused: dict[Row, tuple[str, bool]] = {}
     ready: dict[Row, Subject] = {}
-    before = {row: 2 * STEPS + _warm_up(norm) for row, norm in norms.items()}
+    # A method whose steps are of several kinds in turn takes all of them in its turn.
+    period = math.lcm(*(getattr(norm, "refresh", 1) for norm in norms.values()))
+    warm_up = {row: period * math.ceil(_warm_up(norm) / period) for row, norm in norms.items()}
+    before = {row: 2 * STEPS + steps for row, steps in warm_up.items()}
     done, total = 0, sum(before.values()) + config.rounds * len(norms)
-    for row, norm in norms.items():
+    for row in norms:
         try:
             steps = subject(config, row, batches)
             if reason := wrong(config, row, steps, batches):
                 refused[row] = reason, True
             else:
-                for _ in range(_warm_up(norm)):
+                for _ in range(warm_up[row]):
                     steps()
                 ready[row] = steps
         # AnybatchError, torch's for a single value a channel; its compiler's, and memory that is not there
@@ -75,8 +78,6 @@ def _bench(config: BenchConfig, norms: dict[Row, Any], progress: Callable[[int, 
         )
     seconds: dict[Row, list[float]] = {row: [] for row in ready}
     once = median(_time(ready[reference], config.device, 1) for _ in range(WARM_UP))
-    # A method whose steps are of several kinds in turn takes all of them in its turn.
-    period = math.lcm(*(getattr(norm, "refresh", 1) for norm in norms.values()))
     repeats = period * max(1, math.ceil(LEAST / once / period))
     order, shuffle = list(ready), random.Random(0).shuffle
     for number in range(config.rounds):
