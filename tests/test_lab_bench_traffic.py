@@ -90,7 +90,8 @@ def test_a_step_is_measured_without_leaving_a_trace() -> None:
     for mine, its in zip(steps.model.parameters(), twin.model.parameters(), strict=True):
         assert torch.equal(mine, its)
     first = measure(steps)
-    assert measure(steps, 2) == first
+    assert measure(steps) == first
+    assert measure(steps, 2).moved == first.moved
 
 
 def test_what_is_compiled_hides_its_operators() -> None:
