@@ -38,10 +38,12 @@ def answer(by: Sequence[Any], f: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[
 
     What is taken back of 'later' is today's; what the positions do not see of it along W goes by D.
     """
-    h, d, of_d = _through(By(*by), f)
-    at, apart, lean = by[1], by[6], by[7]
+    given = By(*by)
+    h, d, of_d = _through(given, f)
+    apart, lean = given.apart, given.lean
+    assert apart is not None  # else no position was looked at
     _, _, back_mean, back_var = f
-    own = d * at
+    own = d * given.at
     today = torch.addcmul(back_mean, own, apart if lean is None else apart + lean, value=-1)
     if lean is not None:
         today = torch.addcmul(today, lean, back_var)

@@ -64,7 +64,7 @@ def _row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Means and population variances (C, N) over * of contiguous ``x`` (N, C, *), by GroupNorm's kernel.
 
     It is vectorised where BatchNorm's is not, and its normalised output costs less than that. No variance is below
-    its eps, 1e-30, and none above 1e30 is told from that.
+    its eps, 1e-30; deviations from some 1e17 on overflow, and at a mean of 1e4 of them the variance is off by 1e-4.
     """
     n, c = x.shape[:2]
     _, mean, inverse = torch.ops.aten.native_group_norm(x, None, None, n, c, x.numel() // (n * c), c, 1e-30)
