@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from anybatch.lab.data import EMBEDDED_ASSET, EMBEDDED_TRAIN
-from anybatch.lab.files import write_atomically
 from anybatch.lab.idx import fashion_mnist_arrays
+from anybatch.reporting.files import write_atomically
 
 TEST_IMAGES = 2000
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from anybatch.cli import app
-from anybatch.lab import files
+from anybatch.reporting import files
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Imported once, for all children; torch's own, that the first optimizer and the first group of processes import, too.

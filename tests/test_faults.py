@@ -22,7 +22,7 @@ import torch
 
 from anybatch.errors import AnybatchError
 from anybatch.lab import checkpoint as checkpoints
-from anybatch.lab import files, workers
+from anybatch.reporting import files, workers
 
 from . import lab_fakes
 from .lab_children import EVALUATION, MOMENTS_OF_A_SAVE, STEP, assert_same, state, train, train_together

@@ -10,6 +10,7 @@ from anybatch.lab.report import difference_text, write_report
 from anybatch.lab.statistics import Estimate
 from anybatch.lab.summary import Summary, label, summarise
 from anybatch.lab.training import RunResult
+from anybatch.reporting import style
 
 from . import lab_fakes
 
@@ -110,7 +111,7 @@ def test_report_is_whole_and_stands_alone(tmp_path: Path) -> None:
     assert page.count("<svg") == 2
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
-    assert not any(colour in page[page.index("<body>") :] for colour in plots.LIGHT)
+    assert not any(colour in page[page.index("<body>") :] for colour in style.LIGHT)
     assert (tmp_path / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "accuracy.svg").read_text().startswith("<svg")
 
@@ -127,7 +128,7 @@ def test_report_on_a_full_disk(tmp_path: Path) -> None:
 
 def test_same_numbers_same_figure() -> None:
     summary = summarise(results(), METHODS)
-    assert plots.svg(plots.accuracy_figure(summary)) == plots.svg(plots.accuracy_figure(summary))
+    assert style.svg(plots.accuracy_figure(summary)) == style.svg(plots.accuracy_figure(summary))
 
 
 def test_many_methods_get_a_panel_each() -> None:
@@ -140,7 +141,7 @@ def test_many_methods_get_a_panel_each() -> None:
         shown = [axes for axes in figure.axes if axes.get_visible()]
         assert [axes.get_title(loc="left").replace("\n", " ") for axes in shown] == [label(m) for m in methods]
         assert len({axes.get_ylim() for axes in shown}) == 1
-        assert plots.png(figure).startswith(b"\x89PNG")
+        assert style.png(figure).startswith(b"\x89PNG")
 
 
 def test_display_without_a_terminal_is_plain_lines() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from anybatch.errors import AnybatchError
-from anybatch.lab import files
 from anybatch.lab.results import RUNS, Results
+from anybatch.reporting import files
 
 from .lab_fakes import result
 

@@ -17,8 +17,8 @@ from anybatch.errors import AnybatchError
 from anybatch.lab import machine
 from anybatch.lab.config import RunConfig
 from anybatch.lab.data import Dataset
-from anybatch.lab.files import write_atomically
 from anybatch.lab.processes import Processes
+from anybatch.reporting.files import write_atomically
 from anybatch.training import history_state_dict, load_history_state_dict
 
 __all__ = ["CONFIG", "MODEL", "PREVIOUS", "TRAINING", "Checkpoints", "Counters", "State", "load_model"]

@@ -12,23 +12,14 @@ from anybatch.lab.config import RunConfig
 from anybatch.lab.summary import label
 from anybatch.lab.training import Progress as RunProgress
 from anybatch.lab.training import RunResult
+from anybatch.reporting.page import duration
 
-__all__ = ["Display", "duration", "run_name"]
+__all__ = ["Display", "run_name"]
 
 
 def run_name(config: RunConfig) -> str:
     """A run in a few words."""
     return f"{label(config.method)} at batch {config.batch}, seed {config.seed}"
-
-
-def duration(seconds: float) -> str:
-    """12 -> "12 s", 192 -> "3 min 12 s", 7260 -> "2 h 1 min"."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
 class Display:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anybatch.errors import AnybatchError
-from anybatch.lab.files import write_atomically
+from anybatch.reporting.files import write_atomically
 
 __all__ = ["FASHION_MNIST_URL", "fashion_mnist_arrays", "read_idx"]
 

@@ -1,6 +1,5 @@
-"""The figures of a comparison. Colours are colour-blind safe, and every line carries its name."""
+"""The figures of a comparison; every line carries its name."""
 
-import io
 import re
 import textwrap
 from collections import defaultdict
@@ -17,36 +16,9 @@ from anybatch.lab.panels import MANY, panels
 from anybatch.lab.summary import REFERENCE, Row, Summary
 from anybatch.lab.training import RunResult
 from anybatch.methods import METHODS
+from anybatch.reporting.style import MARKERS, MUTED, SERIES, STYLE
 
-__all__ = [
-    *("DARK", "LIGHT", "MUTED", "STYLE", "accuracy_figure", "colours_of", "curves_figure", "name_lines", "png", "svg"),
-    "themed",
-]
-
-# Ink, muted ink, grid, then one colour a method (after Okabe and Ito, darkened or lightened for contrast).
-# Both themes list the same roles: `themed` makes one into the other.
-LIGHT = ("#1c2024", "#666d76", "#dfe2e6", "#0068b0", "#c8500a", "#00805e", "#a8478a", "#94690a", "#3d8fc0", "#6b6b6b")
-DARK = ("#e9ecef", "#9aa3ad", "#343a42", "#62b5f5", "#ff9252", "#3fd0a4", "#ea9fd0", "#edc14d", "#9ad6f7", "#b9b9b9")
-INK, MUTED, GRID, *SERIES = LIGHT
-MARKERS = "osD^vPX"
-STYLE: Any = {
-    "font.family": ["DejaVu Sans", "sans-serif"],
-    "font.size": 12,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": GRID,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "ytick.left": False,
-    "svg.hashsalt": "anybatch",
-}
+__all__ = ["accuracy_figure", "colours_of", "curves_figure", "name_lines"]
 
 
 def accuracy_figure(summary: Summary) -> Figure:
@@ -119,35 +91,6 @@ def curves_figure(summary: Summary, results: Iterable[RunResult]) -> Figure:
         axes.margins(x=0.01)
         name_lines(axes, ends)
         return figure
-
-
-def png(figure: Figure) -> bytes:
-    """The figure on white, 200 dots an inch."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200)
-    return buffer.getvalue()
-
-
-def svg(figure: Figure, transparent: bool = False, prefix: str = "") -> str:
-    """The figure as an <svg> element, text as outlines, without a date: the same numbers give the same bytes.
-
-    Args:
-        figure: what to draw.
-        transparent: leave out the white ground.
-        prefix: of every id in it, so that several fit into one page.
-    """
-    buffer = io.StringIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format="svg", transparent=transparent, metadata={"Date": None})
-    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}", buffer.getvalue())
-    return text[text.index("<svg") :]
-
-
-def themed(element: str) -> str:
-    """The <svg> element for a page: as wide as its place, the colours of LIGHT as CSS variables --c0, --c1, ..."""
-    for place, colour in enumerate(LIGHT):
-        element = element.replace(colour, f"var(--c{place})")
-    return re.sub(r' (width|height)="[^"]*pt"', "", element, count=2)
 
 
 def _wrapped(text: str) -> str:

@@ -2,22 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-import jinja2
-from markupsafe import Markup
 
 from anybatch.errors import AnybatchError
 from anybatch.lab import plots
 from anybatch.lab.data import BUILT_IN
-from anybatch.lab.display import duration
-from anybatch.lab.files import write_atomically
 from anybatch.lab.statistics import Estimate
 from anybatch.lab.summary import Summary
 from anybatch.lab.training import RunResult
+from anybatch.reporting import style
+from anybatch.reporting.files import write_atomically
+from anybatch.reporting.page import figure_element, render
 
 __all__ = ["REPORT", "difference_text", "estimate_text", "write_report"]
 
@@ -56,32 +52,28 @@ def write_report(
     """
     accuracy = plots.accuracy_figure(summary)
     curves = plots.curves_figure(summary, results)
-    asset = resources.files("anybatch.lab") / "assets" / "report.html.j2"
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"estimate": estimate_text, "difference": difference_text, "duration": duration}
     first = results[0]
-    page = environment.from_string(asset.read_text(encoding="utf-8")).render(
+    page = render(
+        "anybatch.lab",
+        "report.html.j2",
+        estimate=estimate_text,
+        difference=difference_text,
         summary=summary,
         seeds=len({result.config.seed for result in results}),
         runs=len(results),
         total_time=sum(result.seconds for result in results),
-        accuracy_svg=Markup(plots.themed(plots.svg(accuracy, transparent=True, prefix="a-"))),
-        curves_svg=Markup(plots.themed(plots.svg(curves, transparent=True, prefix="c-"))),
-        light=list(enumerate(plots.LIGHT)),
-        dark=list(enumerate(plots.DARK)),
+        accuracy_svg=figure_element(accuracy, "a-"),
+        curves_svg=figure_element(curves, "c-"),
         norms={result.config.method: result.norm for result in results},
         configuration=_shared_configuration(results),
         facts=_facts(results),
         data=first.config.data,
         command=command,
         missing=missing,
-        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     try:
-        write_atomically(folder / "accuracy.png", plots.png(accuracy))
-        write_atomically(folder / "accuracy.svg", plots.svg(accuracy).encode())
+        write_atomically(folder / "accuracy.png", style.png(accuracy))
+        write_atomically(folder / "accuracy.svg", style.svg(accuracy).encode())
         write_atomically(folder / REPORT, page.encode())
     except OSError as error:
         raise AnybatchError(

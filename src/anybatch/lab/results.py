@@ -11,8 +11,8 @@ from typing import Any, Self
 
 from anybatch.errors import AnybatchError
 from anybatch.lab.config import RunConfig
-from anybatch.lab.files import write_atomically
 from anybatch.lab.training import RunResult
+from anybatch.reporting.files import write_atomically
 
 try:
     import fcntl

@@ -12,8 +12,8 @@ from anybatch.inference import tune_example_weight
 from anybatch.lab import checkpoint as checkpoints
 from anybatch.lab.config import RunConfig
 from anybatch.lab.data import load
-from anybatch.lab.files import write_atomically
 from anybatch.lab.training import EVALUATION_BATCH, build_model
+from anybatch.reporting.files import write_atomically
 
 __all__ = ["Weighing", "weigh"]
 

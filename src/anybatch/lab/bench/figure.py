@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from anybatch.lab.bench.records import Outcome, Timing, name_of
 from anybatch.lab.bench.sweep import Sweep
 from anybatch.lab.panels import MANY, panels
-from anybatch.lab.plots import MUTED, STYLE, colours_of, name_lines
+from anybatch.lab.plots import colours_of, name_lines
+from anybatch.reporting.style import MUTED, STYLE
 
 __all__ = ["sweep_figure"]
 

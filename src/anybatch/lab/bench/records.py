@@ -11,8 +11,8 @@ from anybatch.errors import AnybatchError
 from anybatch.lab import machine
 from anybatch.lab.bench.config import BenchConfig, Row
 from anybatch.lab.bench.traffic import Traffic
-from anybatch.lab.files import write_atomically
 from anybatch.lab.summary import label
+from anybatch.reporting.files import write_atomically
 
 __all__ = ["TIMINGS", "Outcome", "Timing", "name_of", "save"]
 

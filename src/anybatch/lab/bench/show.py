@@ -11,13 +11,13 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from anybatch.errors import AnybatchError
-from anybatch.lab import plots
 from anybatch.lab.bench.config import BenchConfig
 from anybatch.lab.bench.figure import sweep_figure
 from anybatch.lab.bench.records import Outcome, Timing, name_of, save
 from anybatch.lab.bench.sweep import Sweep
 from anybatch.lab.bench.timing import bench
-from anybatch.lab.files import write_atomically
+from anybatch.reporting import style
+from anybatch.reporting.files import write_atomically
 
 __all__ = ["run"]
 
@@ -127,8 +127,8 @@ def _draw(folder: Path, sweep: Sweep, outcomes: Sequence[Outcome]) -> Path:
     figure = sweep_figure(sweep, outcomes)
     path = folder / f"{sweep.name}.png"
     try:
-        write_atomically(path, plots.png(figure))
-        write_atomically(path.with_suffix(".svg"), plots.svg(figure).encode())
+        write_atomically(path, style.png(figure))
+        write_atomically(path.with_suffix(".svg"), style.svg(figure).encode())
     except OSError as error:
         raise AnybatchError(f"cannot write {path} ({error.strerror or error}): mend it or give --out") from error
     return path

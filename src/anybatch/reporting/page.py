@@ -1,0 +1,57 @@
+"""A page that stands on its own: one file, light and dark, on paper and phone."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from . import style
+
+__all__ = ["duration", "figure_element", "render"]
+
+
+def duration(seconds: float) -> str:
+    """12 -> "12 s", 192 -> "3 min 12 s", 7260 -> "2 h 1 min"."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def figure_element(figure: Figure, prefix: str) -> Markup:
+    """The figure as it stands on a page, in the page's colours.
+
+    Args:
+        figure: what to draw.
+        prefix: of every id in it, another for each figure of a page.
+    """
+    return Markup(style.themed(style.svg(figure, transparent=True, prefix=prefix)))
+
+
+def render(package: str, template: str, **values: Any) -> str:
+    """The page that a template makes, itself an extension of page.html.j2.
+
+    Args:
+        package: whose folder assets/ holds the template.
+        template: its name.
+        values: what it is filled with, besides the date and the colours.
+    """
+    folders = [jinja2.PackageLoader(name, "assets") for name in (package, "anybatch.reporting")]
+    environment = jinja2.Environment(
+        loader=jinja2.ChoiceLoader(folders),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["duration"] = duration
+    return environment.get_template(template).render(
+        light=list(enumerate(style.LIGHT)),
+        dark=list(enumerate(style.DARK)),
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        **values,
+    )
