@@ -24,7 +24,7 @@ from .tolerances import ORACLE, REORDERED, SAME
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs" / "demands.md").read_text()
 D = torch.float64
-NO_STATISTICS = {"gn", "proxynorm", "proxynorm-group"}
+NO_STATISTICS = {"gn", "proxynorm", "proxynorm-group", "nonorm"}
 
 
 # A batch of one

@@ -22,7 +22,8 @@ import torch
 
 from anybatch.errors import AnybatchError
 from anybatch.lab import checkpoint as checkpoints
-from anybatch.reporting import files, workers
+from anybatch.lab import workers
+from anybatch.reporting import files
 
 from . import lab_fakes
 from .lab_children import EVALUATION, MOMENTS_OF_A_SAVE, STEP, assert_same, state, train, train_together

@@ -42,7 +42,7 @@ class Net(nn.Module):
 def trained(model: nn.Module) -> list[Tensor]:
     """Outputs and gradients of some seeded steps, then an evaluation."""
     generator, seen = torch.Generator().manual_seed(1), []
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     ab.attach(model, optimizer)
     for _ in range(3):
         out = model(torch.randn(2, 3, 9, 7, generator=generator))

@@ -96,7 +96,7 @@ def test_averaged_weights_swapped_in_for_an_evaluation(name: str) -> None:
 
 SPREAD = {"cbn", "cbn-naive", "renorm", "iebn-cbn"}  # running_var is the total variance, that of the means too
 OTHER_MOMENTS = {"bgn", "ghost", "batch-group"}  # of groups, not of the batch
-NONE = {"gn", "proxynorm", "proxynorm-group"}
+NONE = {"gn", "proxynorm", "proxynorm-group", "nonorm"}
 
 
 @every_method

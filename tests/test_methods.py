@@ -14,18 +14,18 @@ from anybatch.nn import CrossIterationBatchNorm
 def test_public_names_are_a_decision() -> None:
     assert ab.__all__ == [
         "BGN", "BN", "CBN", "GN", "IEBN", "METHODS", "AccumulatedBN", "AnybatchError", "BatchGroupNorm",
-        "BatchRenorm", "ExampleWeighedBN", "GhostBN", "ProxyNorm", "Report", "attach", "convert_", "fold",
+        "BatchRenorm", "ExampleWeighedBN", "GhostBN", "NoNorm", "ProxyNorm", "Report", "attach", "convert_", "fold",
         "history_state_dict", "kernels", "load_history_state_dict", "nn", "param_groups", "parse_method",
         "recalibrate_", "revert_", "tune_example_weight", "weigh_examples_",
     ]  # fmt: skip
     assert ab.nn.__all__ == [
         "AccumulatedBatchNorm", "BatchAndGroupNorm", "BatchGroupNormalization", "BatchRenormalization",
         "CrossIterationBatchNorm", "ExampleWeighedBatchNorm", "GhostBatchNorm", "InstanceEnhancementBatchNorm",
-        "InstanceEnhancementCrossIterationBatchNorm", "ProxyNormalization",
+        "InstanceEnhancementCrossIterationBatchNorm", "NoNormalization", "ProxyNormalization",
     ]  # fmt: skip
     assert list(ab.METHODS) == [
         "bn", "gn", "cbn", "cbn-naive", "cbn-paper", "accumulated", "renorm", "bgn", "ghost",
-        "batch-group", "iebn", "iebn-cbn", "proxynorm", "proxynorm-group", "weighed",
+        "batch-group", "iebn", "iebn-cbn", "proxynorm", "proxynorm-group", "weighed", "nonorm",
     ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from .layers.bgn import BGN as BGN
 from .layers.cbn import CBN as CBN
 from .layers.ghost import GhostBN as GhostBN
 from .layers.iebn import IEBN as IEBN
+from .layers.nonorm import NoNorm as NoNorm
 from .layers.proxy import ProxyNorm as ProxyNorm
 from .layers.renorm import BatchRenorm as BatchRenorm
 from .layers.torch_own import BN as BN
@@ -42,6 +43,7 @@ __all__ = [
     "BatchRenorm",
     "ExampleWeighedBN",
     "GhostBN",
+    "NoNorm",
     "ProxyNorm",
     "Report",
     "attach",

@@ -22,6 +22,7 @@ from .layers.cbn import CBN
 from .layers.config import NormConfig
 from .layers.ghost import GhostBN
 from .layers.iebn import IEBN
+from .layers.nonorm import NoNorm
 from .layers.proxy import ProxyNorm
 from .layers.renorm import BatchRenorm
 from .layers.torch_own import BN, GN
@@ -206,6 +207,14 @@ _ROWS = (
         "BatchNorm, examples weighed",
         "BatchNorm; at inference an example's own moments are mixed into the running ones",
         "Summers & Dinneen 2020",
+    ),
+    Method(
+        "nonorm",
+        NoNorm,
+        "No normalization",
+        "the norm's scale and shift alone, to see what its moments do",
+        "Bjorck et al. 2018",
+        per_example=True,
     ),
 )
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}

@@ -7,6 +7,7 @@ from .layers.cbn import CrossIterationBatchNorm as CrossIterationBatchNorm
 from .layers.ghost import GhostBatchNorm as GhostBatchNorm
 from .layers.iebn import InstanceEnhancementBatchNorm as InstanceEnhancementBatchNorm
 from .layers.iebn import InstanceEnhancementCrossIterationBatchNorm as InstanceEnhancementCrossIterationBatchNorm
+from .layers.nonorm import NoNormalization as NoNormalization
 from .layers.proxy import ProxyNormalization as ProxyNormalization
 from .layers.renorm import BatchRenormalization as BatchRenormalization
 from .layers.weighed import ExampleWeighedBatchNorm as ExampleWeighedBatchNorm
@@ -21,5 +22,6 @@ __all__ = [
     "GhostBatchNorm",
     "InstanceEnhancementBatchNorm",
     "InstanceEnhancementCrossIterationBatchNorm",
+    "NoNormalization",
     "ProxyNormalization",
 ]
