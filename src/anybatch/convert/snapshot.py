@@ -1,6 +1,7 @@
 """An example run of a model, and what it may move there, put back afterwards: modes, buffers, random states."""
 
 import random
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,7 +16,7 @@ from torch.nn.utils import parametrize
 from ..core.tensors import version
 from ..errors import AnybatchError
 
-__all__ = ["run_example", "untouched"]
+__all__ = ["random_states_kept", "run_example", "untouched"]
 
 
 def run_example(
@@ -43,6 +44,21 @@ def run_example(
 
 
 @contextmanager
+def random_states_kept(model: nn.Module) -> Iterator[None]:
+    """Python's, torch's and, where it is in use, numpy's random states, on the CPU and the model's GPUs, put back."""
+    gpus = {t.device for t in [*model.parameters(), *model.buffers()] if t.device.type == "cuda"}
+    numpy = sys.modules.get("numpy")
+    of_python, of_numpy = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(sorted(d.index for d in gpus)):
+            yield
+    finally:
+        random.setstate(of_python)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)
+
+
+@contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Run the body without gradients or warnings, then restore modes, buffers and random states, also on an error.
 
@@ -57,15 +73,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
     saved = [None if buffer is None else (version(buffer), buffer.clone()) for _, _, buffer in buffers]
-    gpus = {t.device for t in [*model.parameters(), *model.buffers()] if t.device.type == "cuda"}
-    python_state = random.getstate()
     try:
         # Warnings are about the user's model: the user sees them in the user's own runs.
-        with torch.no_grad(), torch.random.fork_rng(sorted(d.index for d in gpus)), warnings.catch_warnings():
+        with torch.no_grad(), random_states_kept(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        random.setstate(python_state)
         for module, training in modes:
             module.training = training
         for (module, name, buffer), copy in zip(buffers, saved, strict=True):

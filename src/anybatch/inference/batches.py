@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..errors import AnybatchError
 
-__all__ = ["check_loader", "examples_in", "run_on"]
+__all__ = ["check_loader", "examples_in", "run_on", "unwrapped"]
 
 
 def check_loader(call: str, loader: Any) -> None:
@@ -50,3 +51,14 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
     elif isinstance(batch, (Mapping, tuple, list)):
         for item in batch.values() if isinstance(batch, Mapping) else batch:
             yield from _tensors(item)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself: under its wrapper a forward talks to the other ranks, which may have no batch at that time."""
+    while True:
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
+            model = inner
+        else:
+            return model

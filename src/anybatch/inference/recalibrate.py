@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..core.moments import Moments, moments, pool
 from ..errors import AnybatchError
 from ..layers.base import NormLayer
-from .batches import check_loader, examples_in, run_on
+from .batches import check_loader, examples_in, run_on, unwrapped
 from .ranks import on_every_rank, ranks_in
 
 __all__ = ["recalibrate_"]
@@ -57,7 +56,7 @@ def recalibrate_(
         AnybatchError: no batch, no norm reached that uses running statistics, moments that are not finite, or another
             rank raised.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     group = ranks_in("recalibrate_", sync, process_group)
     seen = on_every_rank("recalibrate_", lambda: _look(model, norms, loader, forward, batches), group)
@@ -139,17 +138,6 @@ def _write(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
     with torch.no_grad():
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(var)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself: under its wrapper a forward talks to the other ranks, which may have no batch at that time."""
-    while True:
-        if isinstance(model, (DistributedDataParallel, DataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
-            model = inner
-        else:
-            return model
 
 
 @contextmanager

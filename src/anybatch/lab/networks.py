@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from anybatch.errors import AnybatchError
 from anybatch.methods import METHODS
 
-__all__ = ["NETWORKS", "BasicBlock", "ResNet", "all_methods", "build", "check_network", "resnet18", "small_resnet"]
+__all__ = [
+    *("NETWORKS", "BasicBlock", "ResNet", "all_methods", "build", "check_network", "deep_resnet", "resnet18"),
+    "small_resnet",
+]
 
 
 class BasicBlock(nn.Module):
@@ -75,12 +78,21 @@ def small_resnet(classes: int, in_channels: int = 1, widths: Sequence[int] = (12
     return ResNet(classes, in_channels, widths, [1] * len(widths))
 
 
+def deep_resnet(classes: int, in_channels: int = 1, widths: Sequence[int] = (12, 24, 48)) -> ResNet:
+    """Three stages of five basic blocks: 33 layers, 262,000 parameters, deep enough to fail without normalization."""
+    return ResNet(classes, in_channels, widths, [5] * len(widths))
+
+
 def resnet18(classes: int, in_channels: int = 3) -> ResNet:
     """ResNet-18 for small images: a 3x3 stem of stride 1 and no max pooling."""
     return ResNet(classes, in_channels, (64, 128, 256, 512), (2, 2, 2, 2))
 
 
-NETWORKS: dict[str, Callable[[int, int], ResNet]] = {"small-resnet": small_resnet, "resnet18": resnet18}
+NETWORKS: dict[str, Callable[[int, int], ResNet]] = {
+    "small-resnet": small_resnet,
+    "deep-resnet": deep_resnet,
+    "resnet18": resnet18,
+}
 
 
 def check_network(name: str) -> None:

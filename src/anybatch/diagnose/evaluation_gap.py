@@ -1,0 +1,190 @@
+"""Whether evaluation does what training did: each norm's two outputs on the same input, and what the losses make of it.
+
+    gap_l^2 = E[(train_l(x) - eval_l(x))^2] / E_c[Var[eval_l(x)_c]]
+    mean_gap_l^2 = E_c[ (mean_c - running_mean_c)^2 / running_var_c ],   sd_gap_l^2 = E_c[ ln(sd_c / running_sd_c)^2 ]
+
+train_l and eval_l are the norm in training and in evaluation mode with the same state, x what the layers before give it
+in training, E over the batch, positions and channels, Var over the batch and positions, E_c over channels. A gap comes
+of running statistics that are behind (recalibration mends it: the loss is taken with recalibrated statistics too) or of
+statistics that no average can stand for, as BatchNorm's at batch 1 (only another method mends that). The running
+statistics are those of the model as it is given, for every batch.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..convert.tracing import first_tensor
+from ..core.moments import moments
+from ..inference import recalibrate_
+from .learning_rate import accuracy
+from .subject import Passes, Subject, target_of
+from .watch import norms_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["TROUBLE", "EvaluationGap", "evaluated", "gap", "measure", "passes", "plot", "said"]
+
+TROUBLE = 0.5  # of the mean gap over norms, from which on evaluation is likely to fail
+
+
+@dataclass(frozen=True)
+class EvaluationGap:
+    """Training against evaluation.
+
+    Attributes:
+        names: of the norms, L.
+        gap: (L,) relative difference of the two outputs, root mean square over batches.
+        mean_gap: (L,) batch mean against running mean, in running deviations; nan without running statistics.
+        sd_gap: (L,) logarithm of batch deviation over running deviation; nan likewise.
+        losses: mean over the batches by mode: "training", "evaluation", "recalibrated".
+        accuracies: likewise, percent; nan for what is no classifier.
+    """
+
+    names: tuple[str, ...]
+    gap: Tensor
+    mean_gap: Tensor
+    sd_gap: Tensor
+    losses: Mapping[str, float]
+    accuracies: Mapping[str, float]
+
+    @property
+    def overall(self) -> float:
+        """Mean gap over the norms."""
+        return float(self.gap.mean())
+
+
+def gap(training: Tensor, evaluation: Tensor) -> Tensor:
+    """Root mean square difference of the two outputs (N, C, *) over the deviation of the second; ()."""
+    apart, spread = training.detach().double() - evaluation, moments(evaluation.double()).var.mean()
+    return (apart.square().mean() / spread.clamp_min(1e-30)).sqrt()
+
+
+@torch.no_grad()
+def evaluated(norm: nn.Module, x: Tensor) -> Tensor:
+    """What the norm would put out in evaluation mode; it is left as it is, and no hook sees it."""
+    modes = [(module, module.training) for module in norm.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        out: Tensor = norm.forward(x)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return out
+
+
+def measure(subject: Subject) -> EvaluationGap:
+    """The gap of every norm between training and evaluation, and the losses in both modes and after recalibration.
+
+    Args:
+        subject: the model, its batches and loss; every batch is used.
+
+    Raises:
+        AnybatchError: the model has no BatchNorm.
+    """
+    with torch.no_grad():
+        names, rows, training = _training(subject)
+        model = subject.copy().eval()
+        results = {"training": training, "evaluation": [_judged(subject, model, b) for b in subject.batches]}
+        if any(norm.running_mean is not None for norm in norms_of(model).values()):
+            recalibrate_(model, subject.batches, forward=subject.output, sync=False)
+            results["recalibrated"] = [_judged(subject, model, b) for b in subject.batches]
+    losses, accuracies = ({mode: _mean(found, column) for mode, found in results.items()} for column in (0, 1))
+    of_output, of_mean, of_sd = torch.stack([row.square().mean(0).sqrt() for row in rows]).unbind(1)
+    return EvaluationGap(names, of_output, of_mean, of_sd, losses, accuracies)
+
+
+def _training(subject: Subject) -> tuple[tuple[str, ...], list[Tensor], list[tuple[float, float]]]:
+    """Names of the norms, their three gaps at every batch (B, 3), and losses with accuracies, in training mode."""
+    model = subject.copy()
+    norms = norms_of(model)
+    state = {key: buffer.clone() for key, buffer in model.named_buffers()}
+    seen: dict[str, list[Tensor]] = {}
+    before: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def starts(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = first_tensor(args, kwargs)
+        if x is not None and x.numel():
+            before[norm] = evaluated(norm, x), *_moment_gaps(norm, x)
+
+    def ends(name: str) -> Callable[..., None]:
+        def after(norm: nn.Module, args: Any, output: Tensor) -> None:
+            if norm in before:
+                own, by_mean, by_sd = before.pop(norm)
+                seen.setdefault(name, []).append(torch.stack([gap(output, own), by_mean, by_sd]).cpu())
+
+        return after
+
+    results = []
+    with ExitStack() as hooks:
+        for name, norm in norms.items():
+            hooks.callback(norm.register_forward_pre_hook(starts, with_kwargs=True).remove)
+            hooks.callback(norm.register_forward_hook(ends(name)).remove)
+        for batch in subject.batches:
+            results.append(_judged(subject, model, batch))
+            for key, buffer in model.named_buffers():
+                if key in state:  # the running statistics of the model as it was given
+                    buffer.copy_(state[key])
+    names = tuple(name for name in norms if name in seen)
+    return names, [torch.stack(seen[name]) for name in names], results
+
+
+def _moment_gaps(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    assert isinstance(norm, _BatchNorm)
+    if norm.running_mean is None or norm.running_var is None or len(norm.running_mean) != x.shape[1]:
+        nan = x.new_full((), torch.nan, dtype=torch.float64)
+        return nan, nan
+    now = moments(x.detach().double())
+    var = norm.running_var.double() + norm.eps
+    of_mean = ((now.mean - norm.running_mean).square() / var).mean().sqrt()
+    return of_mean, (((now.var + norm.eps) / var).log() / 2).square().mean().sqrt()
+
+
+def _judged(subject: Subject, model: nn.Module, batch: Any) -> tuple[float, float]:
+    output, target = subject.output(model, batch), target_of(batch)
+    return float(subject.judge(output, target)), accuracy(output, target)
+
+
+def _mean(results: list[tuple[float, float]], column: int) -> float:
+    return math.fsum(result[column] for result in results) / len(results)
+
+
+def passes(subject: Subject) -> Passes:
+    """What :func:`measure` costs."""
+    return Passes(forward=4 * len(subject.batches))
+
+
+def plot(found: Mapping[str, EvaluationGap]) -> "Figure":
+    """The gap against the number of the norm, and the loss by mode."""
+    from .figures import Panel, lines
+
+    modes = list(dict.fromkeys(mode for at in found.values() for mode in at.losses))
+    gaps = {name: ([float(k) for k in range(1, len(at.names) + 1)], at.gap.tolist()) for name, at in found.items()}
+    places = [float(k) for k in range(1, len(modes) + 1)]
+    losses = {name: (places, [at.losses.get(mode, math.nan) for mode in modes]) for name, at in found.items()}
+    return lines(
+        [
+            Panel("gap of training and evaluation", gaps, "norm, in order", level=TROUBLE),
+            Panel("loss on the same batches", losses, "", ticks=modes),
+        ]
+    )
+
+
+def said(found: Mapping[str, EvaluationGap]) -> str:
+    """The gap and the losses in words."""
+    return "; ".join(
+        f"{name}: the norms' outputs in training and evaluation differ by {100 * at.overall:.0f} %; the loss is "
+        + ", ".join(
+            f"{loss:.3g} " + ("after recalibration" if mode == "recalibrated" else f"in {mode}")
+            for mode, loss in at.losses.items()
+        )
+        for name, at in found.items()
+    )

@@ -1,0 +1,262 @@
+"""What is measured: a model, some batches, a loss. Copies of the model run; the model itself is never touched."""
+
+import copy
+import itertools
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..convert import convert_
+from ..convert.eligible import batch_norms
+from ..convert.snapshot import random_states_kept
+from ..errors import AnybatchError
+from ..inference.batches import check_loader, run_on, unwrapped
+from ..layers.config import NormConfig
+from ..layers.nonorm import NoNorm
+from ..training import history_state_dict, load_history_state_dict
+from .watch import first_not_finite
+
+__all__ = ["Passes", "Subject"]
+
+Forward = Callable[[nn.Module, Any], Any]
+Loss = Callable[[Any, Any], Tensor]
+_CALL = "diagnose"
+
+
+@dataclass
+class Passes:
+    """Passes of one batch through the model."""
+
+    forward: int = 0
+    backward: int = 0
+
+    def __add__(self, other: "Passes") -> "Passes":
+        return Passes(self.forward + other.forward, self.backward + other.backward)
+
+    @property
+    def cost(self) -> int:
+        """In forward passes: a backward counts for two."""
+        return self.forward + 2 * self.backward
+
+
+class Subject:
+    """A model with batches and a loss, to measure; every random draw of a measurement is from the same seed.
+
+    Args:
+        model: a module, or a function without arguments that builds one. A module is copied, with its history, and
+            never run; wrappers (DistributedDataParallel, torch.compile) are left out of the copies.
+        loader: gives batches; the first ``batches`` are kept, on the model's device.
+        loss: of (output, target), a single number; the target is the second item of a batch that is a tuple or list,
+            and else the batch itself.
+        batches: how many to keep.
+        forward: how to run the model on a batch; by default ``model(batch)``, of its first item for a tuple or list,
+            ``model(**batch)`` for a dict.
+
+    Raises:
+        AnybatchError: the model cannot be copied, or the loader gives no batch or raises.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[], nn.Module],
+        loader: Iterable[Any],
+        loss: Loss,
+        batches: int = 8,
+        forward: Forward | None = None,
+    ) -> None:
+        check_loader(_CALL, loader)
+        if batches < 1:
+            raise AnybatchError(f"{_CALL}: batches={batches}; give at least 1")
+        if not callable(loss):
+            raise AnybatchError(f"{_CALL}: the loss is a {type(loss).__name__}; give a function of (output, target)")
+        self._build = _copier(model) if isinstance(model, nn.Module) else _builder(model)
+        self.loss, self.forward = loss, forward
+        self.spent = Passes()
+        self.on_pass: Callable[[], None] = lambda: None
+        sample = self.copy()
+        device = next((t.device for t in [*sample.parameters(), *sample.buffers()]), torch.device("cpu"))
+        with random_states_kept(sample):
+            taken = list(itertools.islice(loader, batches))
+        if not taken:
+            raise AnybatchError(f"{_CALL}: the loader gave no batch; check it, or give a list of batches")
+        self.batches: tuple[Any, ...] = tuple(tree_map_only(Tensor, lambda t: t.to(device), batch) for batch in taken)
+        self.asked = batches
+
+    def copy(self) -> nn.Module:
+        """A copy of the model to do anything with, in training mode, always the same."""
+        return self._build().train()
+
+    def derived(self, build: Callable[[], nn.Module] | None = None, batches: Sequence[Any] | None = None) -> "Subject":
+        """The same with another model or other batches; passes count together."""
+        other = copy.copy(self)
+        if build is not None:
+            other._build = build
+        if batches is not None:
+            other.batches = tuple(batches)
+        return other
+
+    def converted(self, config: NormConfig) -> "Subject":
+        """The same with the BatchNorms converted; see :func:`anybatch.convert_`."""
+        inputs = self.example_inputs() if config.needs_example else None
+
+        def build() -> nn.Module:
+            model = self._build()
+            convert_(model, config, example_inputs=inputs)
+            return model
+
+        build()  # what cannot be converted is said now
+        return self.derived(build)
+
+    def without_norms(self) -> "Subject | None":
+        """The same with :class:`anybatch.NoNorm` for every BatchNorm; None where there is none."""
+        return self.converted(NoNorm()) if batch_norms(self.copy()) else None
+
+    def regrouped(self, size: int) -> "Subject":
+        """The same examples in batches of ``size``; the last, smaller one is dropped.
+
+        Raises:
+            AnybatchError: the batches are no tensors, or not of one shape, or there are fewer examples.
+        """
+        try:
+            parts = [torch.cat(leaves) for leaves in zip(*(_leaves(batch) for batch in self.batches), strict=True)]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise AnybatchError(
+                f"{_CALL}: batches of {size} cannot be made of the loader's ({error}); give a loader of such batches"
+            ) from error
+        count = len(parts[0])
+        if count < size:
+            raise AnybatchError(f"{_CALL}: {count} examples make no batch of {size}; keep more batches")
+        chunks = zip(*(torch.split(part, size) for part in parts), strict=True)
+        whole = [chunk for chunk in chunks if len(chunk[0]) == size]
+        return self.derived(batches=[chunk[0] if isinstance(self.batches[0], Tensor) else chunk for chunk in whole])
+
+    def example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What one forward of the model is called with."""
+        model, calls = self.copy(), []
+        model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+        with torch.no_grad():
+            self.output(model, self.batches[0])
+        if not calls:
+            raise AnybatchError(f"{_CALL}: the forward did not call the model itself, only parts of it")
+        args, kwargs = calls[0]
+        return args, kwargs
+
+    def output(self, model: nn.Module, batch: Any, seed: int = 0) -> Any:
+        """One forward pass: what the model makes of a batch."""
+        with self._same_draws(model, seed):
+            output = run_on(_CALL, model, batch, self.forward)
+        self.spent.forward += 1
+        self.on_pass()
+        return output
+
+    def loss_of(self, model: nn.Module, batch: Any, seed: int = 0) -> Tensor:
+        """The loss of one forward pass, a () tensor."""
+        return self.judge(self.output(model, batch, seed), target_of(batch))
+
+    def judge(self, output: Any, target: Any) -> Tensor:
+        """The loss of an output.
+
+        Raises:
+            AnybatchError: the loss function raises, or gives no single number.
+        """
+        try:
+            loss = self.loss(output, target)
+        except Exception as error:
+            raise AnybatchError(
+                f"{_CALL}: the loss raised {type(error).__name__}: {error}. It is called with what the model returned "
+                "and the second item of the batch (the batch itself, if it is no tuple or list)"
+            ) from error
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise AnybatchError(f"{_CALL}: the loss is a {what}; give one that returns a single number, such as a mean")
+        return loss.reshape(())
+
+    def backward(self, loss: Tensor, of: Sequence[Tensor], again: bool = False) -> list[Tensor]:
+        """One backward pass: the gradient of ``loss`` at each of ``of``, zeros where there is none."""
+        if not loss.requires_grad:
+            raise AnybatchError(f"{_CALL}: the loss does not depend on any parameter that is trained; check the loss")
+        grads = torch.autograd.grad(loss, of, retain_graph=again, allow_unused=True)
+        self.spent.backward += 1
+        self.on_pass()
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, of, strict=True)]
+
+    def check(self) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            AnybatchError: the model or loss raises on the first batch, or the loss is not a finite number there; it
+                names what was not finite first.
+        """
+        batch, model = self.batches[0], self.copy()
+        if any(t.is_floating_point() and not t.isfinite().all() for t in tree_leaves(batch) if isinstance(t, Tensor)):
+            raise AnybatchError(f"{_CALL}: the first batch holds values that are not finite; check the data")
+        with torch.no_grad(), first_not_finite(model) as culprit:
+            loss = self.loss_of(model, batch)
+        if not loss.isfinite():
+            where = culprit[0] if culprit else "no module's output, so the loss function itself"
+            raise AnybatchError(f"{_CALL}: the loss of the first batch is {float(loss)}; first not finite: {where}")
+
+    @contextmanager
+    def _same_draws(self, model: nn.Module, seed: int) -> Iterator[None]:
+        """Dropout and the like draw the same at every pass."""
+        with random_states_kept(model):
+            _seed(seed)
+            yield
+
+
+def target_of(batch: Any) -> Any:
+    """What the loss compares the output with."""
+    return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else batch
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+
+
+def _copier(model: nn.Module) -> Callable[[], nn.Module]:
+    model = unwrapped(model)
+    history = history_state_dict(model)
+
+    def build() -> nn.Module:
+        try:
+            twin = copy.deepcopy(model)
+        except Exception as error:
+            raise AnybatchError(
+                f"{_CALL}: the model cannot be copied ({type(error).__name__}: {error}); give a function that builds it"
+            ) from error
+        load_history_state_dict(twin, history)
+        return twin
+
+    return build
+
+
+def _builder(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    if not callable(make):
+        raise AnybatchError(f"{_CALL}: the model is a {type(make).__name__}; give a module, or a function that builds")
+
+    def build() -> nn.Module:
+        with random_states_kept(nn.Module()):
+            _seed(0)
+            model = make()
+        if not isinstance(model, nn.Module):
+            raise AnybatchError(f"{_CALL}: the function built a {type(model).__name__}; it must return a module")
+        return unwrapped(model)
+
+    return build
+
+
+def _leaves(batch: Any) -> list[Tensor]:
+    items = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+    if not all(isinstance(item, Tensor) and item.dim() for item in items):
+        raise TypeError("not tensors with one entry an example")
+    return items

@@ -1,0 +1,103 @@
+"""How the gradients of one layer's weights are spread: their histogram, and how heavy its tails are.
+
+    std = sqrt(E[(g - E[g])^2]),   kurtosis = E[(g - E[g])^4] / std^4 (3 for a normal distribution),   max = max |g|
+
+over all entries g of one weight's gradient. Without normalization the distribution is heavy-tailed, with it it is
+concentrated (Bjorck et al., arXiv 1806.02375, their histogram of the middle layer's gradients at initialization).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..core.moments import moments
+from ..errors import AnybatchError
+from .subject import Passes, Subject
+from .watch import maps_of, middle
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["WeightGradients", "measure", "passes", "plot", "said"]
+
+
+@dataclass(frozen=True)
+class WeightGradients:
+    """Spread of one weight's gradient.
+
+    Attributes:
+        layer: its name.
+        edges: (B + 1,) of the histogram's bins, from -max to max.
+        counts: (B,).
+        std: population.
+        kurtosis: 3 for a normal distribution.
+        max: largest absolute value.
+    """
+
+    layer: str
+    edges: Tensor
+    counts: Tensor
+    std: float
+    kurtosis: float
+    max: float
+
+
+def measure(subject: Subject, layer: str | None = None, batch: int = 0, bins: int = 101) -> WeightGradients:
+    """Histogram, standard deviation, kurtosis and largest value of the gradient at one linear map's weight.
+
+    Args:
+        subject: the model, its batches and loss.
+        layer: name of a linear map; by default the middle convolution.
+        batch: which of the batches.
+        bins: of the histogram.
+    """
+    model = subject.copy()
+    name = layer or middle(model)
+    maps = maps_of(model)
+    if name not in maps:
+        raise AnybatchError(f"diagnose: there is no linear map '{name}'; there are {', '.join(list(maps)[:8])}")
+    weight = next((p for p in maps[name].parameters() if p.dim() > 1 and p.requires_grad), None)
+    if weight is None:
+        raise AnybatchError(f"diagnose: the weight of '{name}' is not trained; choose another layer")
+    loss = subject.loss_of(model, subject.batches[batch])
+    g = subject.backward(loss, [weight])[0].double().cpu().flatten()
+    now = moments(g[:, None])
+    centred = g - now.mean
+    limit = float(g.abs().max())
+    if not limit < torch.inf:
+        raise AnybatchError(f"diagnose: the gradient of '{name}' is not finite on this batch")
+    counts = torch.histc(g, bins, -limit, limit) if limit else torch.zeros(bins, dtype=torch.float64)
+    edges = torch.linspace(-limit, limit, bins + 1, dtype=torch.float64)
+    kurtosis = float(centred.pow(4).mean() / now.var.square()) if limit else float("nan")
+    return WeightGradients(name, edges, counts, float(now.var.sqrt()), kurtosis, limit)
+
+
+def passes(subject: Subject) -> Passes:
+    """What :func:`measure` costs."""
+    return Passes(forward=1, backward=1)
+
+
+def plot(found: Mapping[str, WeightGradients]) -> "Figure":
+    """Histograms in units of their standard deviations, on a logarithmic scale."""
+    from .figures import Panel, lines
+
+    series = {}
+    for name, at in found.items():
+        middles = (at.edges[1:] + at.edges[:-1]) / 2 / (at.std or 1.0)
+        width = float(at.edges[1] - at.edges[0]) / (at.std or 1.0)
+        density = at.counts / at.counts.sum().clamp_min(1) / (width or 1.0)
+        series[name] = (middles.tolist(), torch.where(density > 0, density, torch.nan).tolist())
+    layer = next(iter(found.values())).layer
+    return lines([Panel(f"density of the gradient of '{layer}'", series, "standard deviations", log="y", steps=True)])
+
+
+def said(found: Mapping[str, WeightGradients]) -> str:
+    """Spread and tails in words."""
+    return "; ".join(
+        f"{name}: gradients of '{at.layer}' have standard deviation {at.std:.2g}, kurtosis {at.kurtosis:.1f} (3 is "
+        f"normal) and reach {at.max / at.std if at.std else 0:.0f} standard deviations"
+        for name, at in found.items()
+    )
