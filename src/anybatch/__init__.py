@@ -5,6 +5,8 @@ from . import nn as nn
 from .convert import Report as Report
 from .convert import convert_ as convert_
 from .convert import revert_ as revert_
+from .diagnose.advice import advise as advise
+from .diagnose.diagnosis import diagnose as diagnose
 from .errors import AnybatchError as AnybatchError
 from .inference import fold as fold
 from .inference import recalibrate_ as recalibrate_
@@ -46,8 +48,10 @@ __all__ = [
     "NoNorm",
     "ProxyNorm",
     "Report",
+    "advise",
     "attach",
     "convert_",
+    "diagnose",
     "fold",
     "history_state_dict",
     "kernels",

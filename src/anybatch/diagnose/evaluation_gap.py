@@ -1,17 +1,18 @@
-"""Whether evaluation does what training did: each norm's two outputs on the same input, and what the losses make of it.
+"""Whether evaluation does what training did: the norms' outputs in both modes, and what the losses make of it.
 
-    gap_l^2 = E[(train_l(x) - eval_l(x))^2] / E_c[Var[eval_l(x)_c]]
+    gap_l^2      = E[(train_l - eval_l)^2] / E_c[Var[eval_lc]]       the whole network in training, in evaluation mode
+    own_gap_l^2  = the same of this norm alone: both modes on what it is given in training
     mean_gap_l^2 = E_c[ (mean_c - running_mean_c)^2 / running_var_c ],   sd_gap_l^2 = E_c[ ln(sd_c / running_sd_c)^2 ]
 
-train_l and eval_l are the norm in training and in evaluation mode with the same state, x what the layers before give it
-in training, E over the batch, positions and channels, Var over the batch and positions, E_c over channels. A gap comes
-of running statistics that are behind (recalibration mends it: the loss is taken with recalibrated statistics too) or of
-statistics that no average can stand for, as BatchNorm's at batch 1 (only another method mends that). The running
-statistics are those of the model as it is given, for every batch.
+train_l, eval_l are what norm l puts out for the same batch, E over the batch, positions and channels, Var over the
+batch and positions, E_c over channels; mean_c, sd_c the batch's. A gap comes of running statistics that are behind
+(recalibration mends it: the loss is taken with recalibrated statistics too) or of statistics that no average can stand
+for, as BatchNorm's at batch 1 (only another method mends that), and it grows from norm to norm. The running statistics
+are those of the model as it is given, for every batch.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,17 +23,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..convert.tracing import first_tensor
 from ..core.moments import moments
+from ..errors import AnybatchError
 from ..inference import recalibrate_
 from .learning_rate import accuracy
 from .subject import Passes, Subject, target_of
-from .watch import norms_of
+from .watch import norms_of, watching
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["TROUBLE", "EvaluationGap", "evaluated", "gap", "measure", "passes", "plot", "said"]
 
-TROUBLE = 0.5  # of the mean gap over norms, from which on evaluation is likely to fail
+TROUBLE = 0.65  # of the mean gap over norms, from which on evaluation is likely to fail
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class EvaluationGap:
 
     Attributes:
         names: of the norms, L.
-        gap: (L,) relative difference of the two outputs, root mean square over batches.
+        gap: (L,) relative difference of the outputs in the two modes, root mean square over batches.
+        own_gap: (L,) the same of the norm alone, both modes on what it is given in training.
         mean_gap: (L,) batch mean against running mean, in running deviations; nan without running statistics.
         sd_gap: (L,) logarithm of batch deviation over running deviation; nan likewise.
         losses: mean over the batches by mode: "training", "evaluation", "recalibrated".
@@ -50,6 +53,7 @@ class EvaluationGap:
 
     names: tuple[str, ...]
     gap: Tensor
+    own_gap: Tensor
     mean_gap: Tensor
     sd_gap: Tensor
     losses: Mapping[str, float]
@@ -91,49 +95,56 @@ def measure(subject: Subject) -> EvaluationGap:
         AnybatchError: the model has no BatchNorm.
     """
     with torch.no_grad():
-        names, rows, training = _training(subject)
+        names, rows, results = _both_modes(subject)
         model = subject.copy().eval()
-        results = {"training": training, "evaluation": [_judged(subject, model, b) for b in subject.batches]}
         if any(norm.running_mean is not None for norm in norms_of(model).values()):
             recalibrate_(model, subject.batches, forward=subject.output, sync=False)
-            results["recalibrated"] = [_judged(subject, model, b) for b in subject.batches]
+            results["recalibrated"] = [_judged(subject, model, batch) for batch in subject.batches]
     losses, accuracies = ({mode: _mean(found, column) for mode, found in results.items()} for column in (0, 1))
-    of_output, of_mean, of_sd = torch.stack([row.square().mean(0).sqrt() for row in rows]).unbind(1)
-    return EvaluationGap(names, of_output, of_mean, of_sd, losses, accuracies)
+    both, own, mean, sd = torch.stack([row.square().mean(0).sqrt() for row in rows]).unbind(1)
+    return EvaluationGap(names, both, own, mean, sd, losses, accuracies)
 
 
-def _training(subject: Subject) -> tuple[tuple[str, ...], list[Tensor], list[tuple[float, float]]]:
-    """Names of the norms, their three gaps at every batch (B, 3), and losses with accuracies, in training mode."""
+def _both_modes(subject: Subject) -> tuple[tuple[str, ...], list[Tensor], dict[str, list[tuple[float, float]]]]:
+    """Names of the norms, their four gaps at every call (B, 4), and losses with accuracies by mode."""
     model = subject.copy()
     norms = norms_of(model)
     state = {key: buffer.clone() for key, buffer in model.named_buffers()}
     seen: dict[str, list[Tensor]] = {}
-    before: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = {}
+    outputs: dict[str, list[Tensor]] = {}  # in evaluation, by norm, in the order of its calls
+    own: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def in_evaluation(name: str, norm: nn.Module, x: Tensor, y: Tensor) -> None:
+        outputs.setdefault(name, []).append(y.clone())  # what follows may change it in place
 
     def starts(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = first_tensor(args, kwargs)
         if x is not None and x.numel():
-            before[norm] = evaluated(norm, x), *_moment_gaps(norm, x)
+            own[norm] = evaluated(norm, x), *_moment_gaps(norm, x)
 
-    def ends(name: str) -> Callable[..., None]:
-        def after(norm: nn.Module, args: Any, output: Tensor) -> None:
-            if norm in before:
-                own, by_mean, by_sd = before.pop(norm)
-                seen.setdefault(name, []).append(torch.stack([gap(output, own), by_mean, by_sd]).cpu())
+    def ends(name: str, norm: nn.Module, x: Tensor, y: Tensor) -> None:
+        if norm in own and outputs.get(name):
+            alone, by_mean, by_sd = own.pop(norm)
+            both = outputs[name].pop(0)
+            if both.shape == y.shape:
+                seen.setdefault(name, []).append(torch.stack([gap(y, both), gap(y, alone), by_mean, by_sd]).cpu())
 
-        return after
-
-    results = []
-    with ExitStack() as hooks:
-        for name, norm in norms.items():
-            hooks.callback(norm.register_forward_pre_hook(starts, with_kwargs=True).remove)
-            hooks.callback(norm.register_forward_hook(ends(name)).remove)
-        for batch in subject.batches:
-            results.append(_judged(subject, model, batch))
-            for key, buffer in model.named_buffers():
-                if key in state:  # the running statistics of the model as it was given
-                    buffer.copy_(state[key])
+    results: dict[str, list[tuple[float, float]]] = {"training": [], "evaluation": []}
+    for batch in subject.batches:
+        outputs.clear()
+        with watching(norms, in_evaluation):
+            results["evaluation"].append(_judged(subject, model.eval(), batch))
+        with ExitStack() as hooks:
+            for norm in norms.values():
+                hooks.callback(norm.register_forward_pre_hook(starts, with_kwargs=True).remove)
+            hooks.enter_context(watching(norms, ends))
+            results["training"].append(_judged(subject, model.train(), batch))
+        for key, buffer in model.named_buffers():
+            if key in state:
+                buffer.copy_(state[key])
     names = tuple(name for name in norms if name in seen)
+    if not names:
+        raise AnybatchError("diagnose: no BatchNorm ran in both modes, so there is nothing to compare")
     return names, [torch.stack(seen[name]) for name in names], results
 
 

@@ -17,20 +17,20 @@ from ..convert import convert_
 from ..convert.eligible import batch_norms
 from ..convert.snapshot import random_states_kept
 from ..errors import AnybatchError
-from ..inference.batches import check_loader, run_on, unwrapped
+from ..inference.batches import check_loader, examples_in, run_on, unwrapped
 from ..layers.config import NormConfig
 from ..layers.nonorm import NoNorm
 from ..training import history_state_dict, load_history_state_dict
 from .watch import first_not_finite
 
-__all__ = ["Passes", "Subject"]
+__all__ = ["Forward", "Loss", "Meter", "Passes", "Subject", "target_of"]
 
 Forward = Callable[[nn.Module, Any], Any]
 Loss = Callable[[Any, Any], Tensor]
 _CALL = "diagnose"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Passes:
     """Passes of one batch through the model."""
 
@@ -44,6 +44,19 @@ class Passes:
     def cost(self) -> int:
         """In forward passes: a backward counts for two."""
         return self.forward + 2 * self.backward
+
+
+class Meter:
+    """Counts passes, and tells a listener after every one."""
+
+    def __init__(self) -> None:
+        self.passes = Passes()
+        self.listener: Callable[[], None] = lambda: None
+
+    def count(self, passes: Passes) -> None:
+        """So many more have been made."""
+        self.passes = self.passes + passes
+        self.listener()
 
 
 class Subject:
@@ -78,8 +91,7 @@ class Subject:
             raise AnybatchError(f"{_CALL}: the loss is a {type(loss).__name__}; give a function of (output, target)")
         self._build = _copier(model) if isinstance(model, nn.Module) else _builder(model)
         self.loss, self.forward = loss, forward
-        self.spent = Passes()
-        self.on_pass: Callable[[], None] = lambda: None
+        self.meter = Meter()
         sample = self.copy()
         device = next((t.device for t in [*sample.parameters(), *sample.buffers()]), torch.device("cpu"))
         with random_states_kept(sample):
@@ -88,6 +100,11 @@ class Subject:
             raise AnybatchError(f"{_CALL}: the loader gave no batch; check it, or give a list of batches")
         self.batches: tuple[Any, ...] = tuple(tree_map_only(Tensor, lambda t: t.to(device), batch) for batch in taken)
         self.asked = batches
+
+    @property
+    def spent(self) -> Passes:
+        """Passes so far, of this subject and those derived from it."""
+        return self.meter.passes
 
     def copy(self) -> nn.Module:
         """A copy of the model to do anything with, in training mode, always the same."""
@@ -137,6 +154,15 @@ class Subject:
         whole = [chunk for chunk in chunks if len(chunk[0]) == size]
         return self.derived(batches=[chunk[0] if isinstance(self.batches[0], Tensor) else chunk for chunk in whole])
 
+    def joined(self, size: int) -> "Subject":
+        """The same examples in batches of at least ``size``, where they can be joined and there are enough."""
+        if examples_in(self.batches[0]) >= size:
+            return self
+        try:
+            return self.regrouped(min(size, sum(examples_in(batch) for batch in self.batches)))
+        except AnybatchError:
+            return self
+
     def example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What one forward of the model is called with."""
         model, calls = self.copy(), []
@@ -152,8 +178,7 @@ class Subject:
         """One forward pass: what the model makes of a batch."""
         with self._same_draws(model, seed):
             output = run_on(_CALL, model, batch, self.forward)
-        self.spent.forward += 1
-        self.on_pass()
+        self.meter.count(Passes(forward=1))
         return output
 
     def loss_of(self, model: nn.Module, batch: Any, seed: int = 0) -> Tensor:
@@ -183,8 +208,7 @@ class Subject:
         if not loss.requires_grad:
             raise AnybatchError(f"{_CALL}: the loss does not depend on any parameter that is trained; check the loss")
         grads = torch.autograd.grad(loss, of, retain_graph=again, allow_unused=True)
-        self.spent.backward += 1
-        self.on_pass()
+        self.meter.count(Passes(backward=1))
         return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, of, strict=True)]
 
     def check(self) -> None:

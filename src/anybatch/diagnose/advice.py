@@ -1,0 +1,273 @@
+"""Which normalization to train with at a batch size: from the noise of the statistics and what such noise cost before.
+
+    predicted(method) = the method's accuracy less BatchNorm's at batch 32, in our runs at the noise measured here
+
+Noise is :attr:`BatchNoise.noise` at the batch size that is asked about; our runs (assets/experience.json, made of
+docs/results/f6k by scripts/make_experience.py) have each method at four noises, between which the logarithm of the
+noise is interpolated, and beyond which it is not extrapolated. Of the methods within half a point of the best the
+simplest is advised. CBN's window is 8, unless the statistics pooled over it,
+
+    error(k)^2 = noise(b)^2 / k + drift(k / 2)^2        drift: history_error's, of carried against recomputed moments
+
+would be worse than those of a batch of 8: then the window of 4, 8, 16, 32 with the least error. One network on one
+data set is what experience there is: the noise is yours, the points are a forecast.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from torch import nn
+
+from ..convert.eligible import batch_norms
+from ..errors import AnybatchError
+from ..layers.config import NormConfig
+from ..methods import METHODS, parse_method
+from . import batch_noise, history_error
+from .batch_noise import BatchNoise
+from .history_error import HistoryError
+from .subject import Forward, Loss, Subject
+
+__all__ = ["REFERENCE", "Advice", "Candidate", "advise", "recommend"]
+
+REFERENCE = 64  # examples that statistics are measured in, where batches can be joined
+_CLOSE = 0.5  # points within which the simpler method is advised
+_SIMPLEST_FIRST = ("bn", "accumulated", "renorm", "cbn", "gn", "proxynorm-group")
+_WINDOWS = (4, 8, 16, 32)
+_GROUPS = 32  # torch's users' habit; fewer where channels are few
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method and its forecast.
+
+    Attributes:
+        method: as typed: "cbn(window=8)".
+        points: forecast against BatchNorm at batch 32.
+        folds: whether it folds into the convolution before it at inference.
+    """
+
+    method: str
+    points: float
+    folds: bool
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to train with; ``print`` it.
+
+    Attributes:
+        batch: examples a norm sees at once.
+        micro_batches: of one optimizer step.
+        candidates: the advised one first, then by their forecasts.
+        noise: of the batch's statistics, and pooled as advised, and of BatchNorm's at batch 32.
+        evidence: what was measured, a line each.
+    """
+
+    batch: int
+    micro_batches: int
+    candidates: tuple[Candidate, ...]
+    noise: Mapping[str, float]
+    evidence: tuple[str, ...]
+
+    @property
+    def method(self) -> str:
+        """The advised one, as typed."""
+        return self.candidates[0].method
+
+    @property
+    def config(self) -> NormConfig:
+        """The advised one, for :func:`anybatch.convert_`."""
+        return parse_method(self.method)
+
+    @property
+    def gain(self) -> float:
+        """Forecast against BatchNorm at the same batch size, in points."""
+        plain = next(candidate.points for candidate in self.candidates if candidate.method == "bn")
+        return self.candidates[0].points - plain
+
+    @property
+    def code(self) -> str:
+        """The advised config, as one writes it."""
+        return f"ab.{type(self.config).__name__}({self.method.partition('(')[2].rstrip(')')})"
+
+    def __str__(self) -> str:
+        first, *others = self.candidates
+        plain = "BatchNorm at batch"
+        steps = f", {self.micro_batches} batches a step of the optimizer" if self.micro_batches > 1 else ""
+        forecast = f"{first.points:+.1f} points against {plain} 32"
+        if self.batch != 32:
+            forecast += f", {self.gain:+.1f} against {plain} {self.batch}"
+        rest = [f"{c.method} {c.points:+.1f}{'' if c.folds else ' (does not fold)'}" for c in others]
+        lines = [
+            f"At batch {self.batch}{steps}: {self.code}",
+            f"forecast: {forecast}",
+            *self.evidence,
+            f"the others: {', '.join(rest)}",
+            f"to do it: {self._how()}",
+            "the forecast is what this noise cost one small network on one data set (docs/results/advice.md)",
+        ]
+        return "\n  ".join(lines)
+
+    def _how(self) -> str:
+        if self.method == "bn":
+            return "leave BatchNorm as it is"
+        inputs = ", example_inputs=images" if self.config.needs_example else ""
+        attach = "; ab.attach(model, optimizer)" if self.method == "accumulated" else ""
+        return f"ab.convert_(model, {self.code}{inputs}){attach}"
+
+
+def advise(
+    model: nn.Module | Callable[[], nn.Module],
+    loader: Iterable[Any],
+    loss: Loss,
+    batch_size: int,
+    micro_batches: int = 1,
+    folds: bool = True,
+    forward: Forward | None = None,
+    batches: int = 8,
+    rate: float = 0.1,
+) -> Advice:
+    """Measure a model on its data, and say which normalization to train it with at a batch size.
+
+    The model is left as it is. Costs one forward pass of each batch, and 8 steps of training on a copy.
+
+    Args:
+        model: with BatchNorm; a module, or a function that builds one.
+        loader: gives batches, of any size, with at least 8 examples in all; 64 or more say more.
+        loss: of (output, target), as in :func:`anybatch.diagnose`.
+        batch_size: examples that a norm shall see at once (per device).
+        micro_batches: batches whose gradients make one step of the optimizer.
+        folds: advise only what folds into the convolutions at inference.
+        forward: as in :func:`anybatch.diagnose`.
+        batches: to use.
+        rate: learning rate of the training.
+
+    Raises:
+        AnybatchError: the model has no BatchNorm, there are too few examples, or the model or loss fails.
+    """
+    for name, value in (("batch_size", batch_size), ("micro_batches", micro_batches)):
+        if value < 1:
+            raise AnybatchError(f"advise: {name}={value}; give at least 1")
+    subject = Subject(model, loader, loss, batches, forward)
+    subject.check()
+    whole = subject.joined(REFERENCE)
+    noise = batch_noise.measure(whole, tuple(sorted({*batch_noise.SIZES, batch_size})))
+    try:
+        history, why = history_error.measure(whole, rate=rate), ""
+    except AnybatchError as error:
+        history, why = None, str(error).removeprefix("diagnose: ")
+    channels = [norm.num_features for norm in batch_norms(subject.copy()).values()]
+    return recommend(noise, history, batch_size, micro_batches, folds, channels, why)
+
+
+def recommend(
+    noise: BatchNoise,
+    history: HistoryError | None,
+    batch: int,
+    micro_batches: int = 1,
+    folds: bool = True,
+    channels: Sequence[int] = (),
+    why: str = "",
+) -> Advice:
+    """The advice that measurements give.
+
+    Args:
+        noise: measured at ``batch``, 8 and 32 among its sizes.
+        history: None where it could not be measured: CBN is not advised then.
+        batch: examples a norm sees at once.
+        micro_batches: of one optimizer step.
+        folds: only what folds.
+        channels: of the norms, for the groups of GroupNorm and Proxy Norm.
+        why: there is no ``history``.
+    """
+    level = noise.noise_at(batch)
+    window, pooled = _window(noise, history, batch, micro_batches)
+    typed = {
+        "cbn": f"cbn(window={window})",
+        "gn": f"gn(groups={_groups(channels)})",
+        "proxynorm-group": f"proxynorm-group(groups={_groups(channels)})",
+    }
+    left_out = set() if history is not None else {"cbn"}
+    left_out |= {"accumulated"} if micro_batches == 1 else set()
+    forecast = {name: forecast_of(name, level) for name in _SIMPLEST_FIRST if name not in left_out}
+    allowed = [name for name in forecast if METHODS[name].foldable or not folds]
+    best = max(forecast[name] for name in allowed)
+    chosen = next(name for name in allowed if forecast[name] >= best - _CLOSE)
+    order = [chosen, *sorted((name for name in forecast if name != chosen), key=lambda name: -forecast[name])]
+    candidates = [Candidate(typed.get(name, name), forecast[name], METHODS[name].foldable) for name in order]
+    levels = {"batch": level, "pooled": pooled if chosen == "cbn" else level, "batch 32": noise.noise_at(32)}
+    return Advice(
+        batch, micro_batches, tuple(candidates), levels, _evidence(noise, history, levels, batch, chosen, why)
+    )
+
+
+def forecast_of(name: str, noise: float) -> float:
+    """Points of a method against BatchNorm at batch 32, at a noise, by interpolation of our runs."""
+    known = _experience()
+    levels: dict[str, float] = known["noise"]
+    points: dict[str, float] = known["points"][name]
+    pairs = sorted((math.log(levels[batch]), points[batch]) for batch in levels)
+    x = math.log(max(noise, 1e-9))
+    if x <= pairs[0][0]:
+        return pairs[0][1]
+    for (x0, y0), (x1, y1) in itertools.pairwise(pairs):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return pairs[-1][1]
+
+
+@cache
+def _experience() -> dict[str, Any]:
+    asset = resources.files("anybatch.diagnose") / "assets" / "experience.json"
+    known: dict[str, Any] = json.loads(asset.read_text(encoding="utf-8"))
+    return known
+
+
+def _window(noise: BatchNoise, history: HistoryError | None, batch: int, micro_batches: int) -> tuple[int, float]:
+    """CBN's window, and the error of the statistics pooled over it."""
+    drift = [0.0, *(history.drift().tolist() if history is not None else [])]
+
+    def error(k: int) -> float:
+        age = min(k / 2 / micro_batches, len(drift) - 1)  # the mean age of the window, in steps
+        low = int(age)
+        gone = drift[low] + (drift[min(low + 1, len(drift) - 1)] - drift[low]) * (age - low)
+        return math.hypot(noise.noise_at(batch) / math.sqrt(k), gone)
+
+    if error(8) <= noise.noise_at(8):
+        return 8, error(8)
+    best = min(_WINDOWS, key=error)
+    return best, error(best)
+
+
+def _groups(channels: Sequence[int]) -> int:
+    return math.gcd(_GROUPS, *channels)
+
+
+def _evidence(
+    noise: BatchNoise, history: HistoryError | None, levels: Mapping[str, float], batch: int, chosen: str, why: str
+) -> tuple[str, ...]:
+    words = f"statistics of {batch} example{'s' if batch > 1 else ''} are off by {100 * levels['batch']:.0f} % of a deviation"
+    words += f", pooled as advised by {100 * levels['pooled']:.0f} %" if chosen == "cbn" else ""
+    words += f", of 32 by {100 * levels['batch 32']:.0f} %" if batch != 32 else ""
+    worth, positions = float(noise.effective.median()), int(noise.positions.double().median())
+    lines = [
+        words,
+        f"an example's {positions} positions are worth {worth:.2g} independent samples (median of {len(noise.names)} norms)",
+    ]
+    if history is None:
+        return (*lines, f"CBN is left out: {why}")
+    naive, carried, drift = (
+        100 * float(history.var_error[kind][:, 0].mean())
+        for kind in (*history_error.KINDS[:2], history_error.KINDS[-1])
+    )
+    return (
+        *lines,
+        f"variances one step old, at rate {history.rate:g}: off by {naive:.2g} % as they were, by {carried:.2g} % carried "
+        f"to today's weights, by {drift:.2g} % of what today's network makes of the same batch",
+    )

@@ -1,0 +1,54 @@
+"""report.html and diagnosis.json: a diagnosis as a page that stands on its own, and as numbers."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import AnybatchError
+from ..reporting.files import write_atomically
+from ..reporting.page import figure_element, render
+from .experiments import EXPERIMENTS
+
+if TYPE_CHECKING:
+    from .diagnosis import Diagnosis
+
+__all__ = ["NUMBERS", "REPORT", "write"]
+
+REPORT, NUMBERS = "report.html", "diagnosis.json"
+
+
+def write(diagnosis: "Diagnosis", folder: Path, command: str = "") -> Path:
+    """Write both files; each is whole or not there.
+
+    Raises:
+        AnybatchError: they cannot be written.
+    """
+    sections = [
+        {
+            "row": row,
+            "said": diagnosis.said(name),
+            "figure": figure_element(diagnosis.figure(name), prefix=f"{name}-"),
+            "left_out": {key: why for key, why in diagnosis.left_out.items() if key.startswith(f"{name},")},
+        }
+        for name, row in EXPERIMENTS.items()
+        if name in diagnosis.results
+    ]
+    missing = {name: why for name, why in diagnosis.left_out.items() if name in EXPERIMENTS}
+    page = render(
+        "anybatch.diagnose",
+        "diagnosis.html.j2",
+        diagnosis=diagnosis,
+        sections=sections,
+        missing=missing,
+        command=command,
+    )
+    numbers = json.dumps(diagnosis.numbers(), indent=1, allow_nan=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / NUMBERS, (numbers + "\n").encode())
+        write_atomically(folder / REPORT, page.encode())
+    except OSError as error:
+        raise AnybatchError(
+            f"the diagnosis cannot be written to {folder} ({error.strerror or error}): mend it or name another folder"
+        ) from error
+    return folder / REPORT
