@@ -1,12 +1,14 @@
 """Normalization that keeps its accuracy at any batch size, for PyTorch."""
 
+from typing import TYPE_CHECKING
+
 from . import kernels as kernels
 from . import nn as nn
 from .convert import Report as Report
 from .convert import convert_ as convert_
 from .convert import revert_ as revert_
 from .diagnose.advice import advise as advise
-from .diagnose.diagnosis import diagnose as diagnose
+from .diagnose.monitor import Monitor as Monitor
 from .errors import AnybatchError as AnybatchError
 from .inference import fold as fold
 from .inference import recalibrate_ as recalibrate_
@@ -31,6 +33,11 @@ from .training import history_state_dict as history_state_dict
 from .training import load_history_state_dict as load_history_state_dict
 from .training import param_groups as param_groups
 
+if TYPE_CHECKING:
+    from .diagnose.diagnosis import diagnose as diagnose
+else:
+    from . import diagnose as diagnose  # the package, which can be called
+
 __version__ = "0.1.0"
 __all__ = [
     "BGN",
@@ -45,6 +52,7 @@ __all__ = [
     "BatchRenorm",
     "ExampleWeighedBN",
     "GhostBN",
+    "Monitor",
     "NoNorm",
     "ProxyNorm",
     "Report",

@@ -275,6 +275,78 @@ def bench(
     raise typer.Exit(run(config, over, out, command, Console(highlight=False)))
 
 
+Model = Annotated[
+    str | None,
+    typer.Option(help="'package.module:function', which builds a classifier, instead of --network."),
+]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Folder of 'anybatch train': its model and data, instead of the options for these.")
+]
+Batches = Annotated[int, typer.Option(min=1, help="Batches to measure on.")]
+MicroBatches = Annotated[int, typer.Option(min=1, help="Batches whose gradients make one step of the optimizer.")]
+TrainingRate = Annotated[float, typer.Option(help="Learning rate of your training.")]
+
+
+@app.command()
+def diagnose(
+    experiment: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--experiment",
+            "--experiments",
+            help="Repeat for several: depth, step-size, diverging-step, learning-rate, weight-gradients, "
+            "logit-gradients, cancellation, gradient-noise, gaussian-products, batch-noise, evaluation-gap, "
+            "history-error.",
+            show_default="all",
+        ),
+    ] = None,
+    data: Data = "embedded",
+    image_size: ImageSize = 64,
+    network: Network = "small-resnet",
+    model: Model = None,
+    method: Annotated[str, typer.Option(help="Convert the network's BatchNorms to this first.")] = "bn",
+    checkpoint: Checkpoint = None,
+    batch: Annotated[int, typer.Option("--batch", "--batch-size", min=1, help="Images of a batch.")] = 32,
+    batches: Batches = 8,
+    compare: Annotated[bool, typer.Option(help="Measure the network without its norms as well.")] = True,
+    lr: TrainingRate = 0.1,
+    micro_batches: MicroBatches = 1,
+    device: Device = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder for report.html and diagnosis.json.")] = Path("results/diagnose"),
+) -> None:
+    """See what normalization does for a model on its data, and where it fails: the experiments of
+    "Understanding Batch Normalization", and what a small batch does to batch statistics.
+    """
+    from anybatch.lab.diagnosing import Case, run_diagnosis
+
+    case = Case(data, image_size, network, model, method, checkpoint, batch, batches, device)
+    command = shlex.join(["anybatch", *sys.argv[1:]])
+    run_diagnosis(case, experiment, compare, lr, micro_batches, out, command, Console(highlight=False))
+
+
+@app.command()
+def advise(
+    batch_size: Annotated[int, typer.Option("--batch-size", "--batch", min=1, help="Images a norm shall see at once.")],
+    micro_batches: MicroBatches = 1,
+    folds: Annotated[
+        bool, typer.Option("--folds/--any", help="Advise only what folds into the convolutions at inference.")
+    ] = True,
+    data: Data = "embedded",
+    image_size: ImageSize = 64,
+    network: Network = "small-resnet",
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    batches: Batches = 8,
+    lr: TrainingRate = 0.1,
+    device: Device = "cpu",
+) -> None:
+    """Say which normalization to train a model with at a batch size, and by what evidence."""
+    from anybatch.lab.diagnosing import Case, run_advice
+
+    case = Case(data, image_size, network, model, "bn", checkpoint, 32, batches, device)
+    run_advice(case, batch_size, micro_batches, folds, lr, Console(highlight=False))
+
+
 @app.command()
 def methods() -> None:
     """List the methods."""

@@ -5,12 +5,12 @@
 Noise is :attr:`BatchNoise.noise` at the batch size that is asked about; our runs (assets/experience.json, made of
 docs/results/f6k by scripts/make_experience.py) have each method at four noises, between which the logarithm of the
 noise is interpolated, and beyond which it is not extrapolated. Of the methods within half a point of the best the
-simplest is advised. CBN's window is 8, unless the statistics pooled over it,
+simplest is advised. CBN's window k is 8, unless another one of 4, 16 and 32 makes the statistics pooled over it much
+better:
 
     error(k)^2 = noise(b)^2 / k + drift(k / 2)^2        drift: history_error's, of carried against recomputed moments
 
-would be worse than those of a batch of 8: then the window of 4, 8, 16, 32 with the least error. One network on one
-data set is what experience there is: the noise is yours, the points are a forecast.
+One network on one data set is what experience there is: the noise is yours, the points are a forecast.
 """
 
 import itertools
@@ -38,7 +38,9 @@ __all__ = ["REFERENCE", "Advice", "Candidate", "advise", "recommend"]
 REFERENCE = 64  # examples that statistics are measured in, where batches can be joined
 _CLOSE = 0.5  # points within which the simpler method is advised
 _SIMPLEST_FIRST = ("bn", "accumulated", "renorm", "cbn", "gn", "proxynorm-group")
+_WINDOW = 8
 _WINDOWS = (4, 8, 16, 32)
+_MUCH = 0.75  # of the error at the usual window: less is worth another one
 _GROUPS = 32  # torch's users' habit; fewer where channels are few
 
 
@@ -239,10 +241,9 @@ def _window(noise: BatchNoise, history: HistoryError | None, batch: int, micro_b
         gone = drift[low] + (drift[min(low + 1, len(drift) - 1)] - drift[low]) * (age - low)
         return math.hypot(noise.noise_at(batch) / math.sqrt(k), gone)
 
-    if error(8) <= noise.noise_at(8):
-        return 8, error(8)
     best = min(_WINDOWS, key=error)
-    return best, error(best)
+    window = best if error(best) < _MUCH * error(_WINDOW) else _WINDOW
+    return window, error(window)
 
 
 def _groups(channels: Sequence[int]) -> int:
@@ -252,13 +253,14 @@ def _groups(channels: Sequence[int]) -> int:
 def _evidence(
     noise: BatchNoise, history: HistoryError | None, levels: Mapping[str, float], batch: int, chosen: str, why: str
 ) -> tuple[str, ...]:
-    words = f"statistics of {batch} example{'s' if batch > 1 else ''} are off by {100 * levels['batch']:.0f} % of a deviation"
+    examples = "one example" if batch == 1 else f"{batch} examples"
+    words = f"statistics of {examples} are off by {100 * levels['batch']:.0f} % of a standard deviation"
     words += f", pooled as advised by {100 * levels['pooled']:.0f} %" if chosen == "cbn" else ""
     words += f", of 32 by {100 * levels['batch 32']:.0f} %" if batch != 32 else ""
     worth, positions = float(noise.effective.median()), int(noise.positions.double().median())
     lines = [
         words,
-        f"an example's {positions} positions are worth {worth:.2g} independent samples (median of {len(noise.names)} norms)",
+        f"an example's {positions} positions count for {worth:.2g} independent samples (median of the norms)",
     ]
     if history is None:
         return (*lines, f"CBN is left out: {why}")
@@ -268,6 +270,6 @@ def _evidence(
     )
     return (
         *lines,
-        f"variances one step old, at rate {history.rate:g}: off by {naive:.2g} % as they were, by {carried:.2g} % carried "
-        f"to today's weights, by {drift:.2g} % of what today's network makes of the same batch",
+        f"variances one step old, at rate {history.rate:g}: off by {naive:.2g} % as they were, {carried:.2g} % carried "
+        f"to today's weights, {drift:.2g} % of what today's network makes of the same batch",
     )

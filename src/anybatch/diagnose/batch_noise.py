@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from ..core.moments import bessel, moments, pool
 from ..errors import AnybatchError
+from .panels import Panel
 from .subject import Passes, Subject
 from .watch import norms_of, watching
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SIZES", "BatchNoise", "measure", "passes", "plot", "said"]
+__all__ = ["SIZES", "BatchNoise", "measure", "panels", "passes", "plot", "said"]
 
 SIZES = (1, 2, 4, 8, 16, 32)
 _DRAWS = 64
@@ -126,10 +127,8 @@ def passes(subject: Subject) -> Passes:
     return Passes(forward=len(subject.batches))
 
 
-def plot(found: Mapping[str, BatchNoise]) -> "Figure":
+def panels(found: Mapping[str, BatchNoise]) -> list[Panel]:
     """Errors against the batch size, and effective samples of an example against its positions, norm by norm."""
-    from .figures import Panel, lines
-
     at = next(iter(found.values()))
     order, sizes = [float(k) for k in range(1, len(at.names) + 1)], [float(b) for b in at.sizes]
     errors = {
@@ -137,12 +136,17 @@ def plot(found: Mapping[str, BatchNoise]) -> "Figure":
         "relative error of the variance": (sizes, at.var_error.mean(0).tolist()),
     }
     counts = {"positions": (order, at.positions.tolist()), "effective samples": (order, at.effective.tolist())}
-    return lines(
-        [
-            Panel("error of batch statistics, mean over norms", errors, "examples in the batch", log="xy"),
-            Panel("values of a channel in one example", counts, "norm, in order", log="y"),
-        ]
-    )
+    return [
+        Panel("error of batch statistics, mean over norms", errors, "examples in the batch", log="xy"),
+        Panel("values of a channel in one example", counts, "norm, in order", log="y"),
+    ]
+
+
+def plot(found: Mapping[str, BatchNoise]) -> "Figure":
+    """The panels as one figure; needs matplotlib."""
+    from .figures import draw
+
+    return draw(panels(found))
 
 
 def said(found: Mapping[str, BatchNoise]) -> str:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ..core.linear_map import LinearMap
+from .panels import Panel
 from .subject import Passes, Subject
 from .watch import as_channels, maps_of, watching
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Cancellation", "measure", "passes", "plot", "said"]
+__all__ = ["Cancellation", "measure", "panels", "passes", "plot", "said"]
 
 
 @dataclass(frozen=True)
@@ -88,19 +89,23 @@ def passes(subject: Subject) -> Passes:
     return Passes(forward=1, backward=1)
 
 
-def plot(found: Mapping[str, Cancellation]) -> "Figure":
+def panels(found: Mapping[str, Cancellation]) -> list[Panel]:
     """A, B and their ratio against the number of the map."""
-    from .figures import Panel, lines
 
     def series(of: str) -> dict[str, tuple[list[float], list[float]]]:
         return {name: (list(range(1, len(at.names) + 1)), getattr(at, of).tolist()) for name, at in found.items()}
 
-    return lines(
-        [
-            Panel("B / A", series("ratio"), "linear map, in order", log="y"),
-            Panel("A: sum of absolute terms", series("a"), "linear map, in order", log="y"),
-        ]
-    )
+    return [
+        Panel("B / A", series("ratio"), "linear map, in order", log="y"),
+        Panel("A: sum of absolute terms", series("a"), "linear map, in order", log="y"),
+    ]
+
+
+def plot(found: Mapping[str, Cancellation]) -> "Figure":
+    """The panels as one figure; needs matplotlib."""
+    from .figures import draw
+
+    return draw(panels(found))
 
 
 def said(found: Mapping[str, Cancellation]) -> str:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..core.moments import moments
+from .panels import Panel
 from .subject import Passes, Subject
 from .watch import as_channels, maps_of, watching
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Depth", "measure", "passes", "plot", "said"]
+__all__ = ["Depth", "measure", "panels", "passes", "plot", "said"]
 
 
 @dataclass(frozen=True)
@@ -70,21 +71,25 @@ def passes(subject: Subject) -> Passes:
     return Passes(forward=1)
 
 
-def plot(found: Mapping[str, Depth]) -> "Figure":
+def panels(found: Mapping[str, Depth]) -> list[Panel]:
     """Both against the number of the map, on logarithmic scales."""
-    from .figures import Panel, lines
 
     def series(of: str) -> dict[str, tuple[list[float], list[float]]]:
         return {
             name: (list(range(1, len(depth.names) + 1)), getattr(depth, of).tolist()) for name, depth in found.items()
         }
 
-    return lines(
-        [
-            Panel("mean |channel mean|", series("mean"), "linear map, in order", log="y"),
-            Panel("channel variance", series("var"), "linear map, in order", log="y"),
-        ]
-    )
+    return [
+        Panel("mean |channel mean|", series("mean"), "linear map, in order", log="y"),
+        Panel("channel variance", series("var"), "linear map, in order", log="y"),
+    ]
+
+
+def plot(found: Mapping[str, Depth]) -> "Figure":
+    """The panels as one figure; needs matplotlib."""
+    from .figures import draw
+
+    return draw(panels(found))
 
 
 def said(found: Mapping[str, Depth]) -> str:

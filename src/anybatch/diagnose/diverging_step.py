@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from ..core.moments import moments
 from ..errors import AnybatchError
 from . import step_size
+from .panels import Heat, Tile
 from .subject import Passes, Subject
 from .watch import as_channels, maps_of, watching
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["FRACTIONS", "DivergingStep", "measure", "measure_all", "passes", "plot", "said"]
+__all__ = ["FRACTIONS", "DivergingStep", "measure", "measure_all", "panels", "passes", "plot", "said"]
 
 FRACTIONS = 20
 
@@ -120,17 +121,22 @@ def _by_step(seen: list[Tensor], forwards: int, name: str) -> Tensor:
     return torch.stack(seen).view(forwards, -1, seen[0].numel()).mean(1)
 
 
-def plot(found: Mapping[str, DivergingStep]) -> "Figure":
+def panels(found: Mapping[str, DivergingStep]) -> list[Heat]:
     """A heat map a layer and subject, channels from left to right, the step from top to bottom: log variance."""
-    from .figures import Heat, heat_maps
-
     tiles = [
-        Heat(f"{name}: {layer}", along.var[place].clamp_min(1e-30).log10().tolist(), "channel", "share of the step")
+        Tile(f"{name}: {layer}", along.var[place].clamp_min(1e-30).log10().tolist())
         for name, along in found.items()
         for place, layer in enumerate(along.names)
     ]
     columns = max(len(along.names) for along in found.values())
-    return heat_maps(tiles, columns, "log10 channel variance", (0.0, 1.0))
+    return [Heat(tiles, columns, "log10 channel variance", "channel", "share of the step", (1.0, 0.0))]
+
+
+def plot(found: Mapping[str, DivergingStep]) -> "Figure":
+    """The panels as one figure; needs matplotlib."""
+    from .figures import draw
+
+    return draw(panels(found))
 
 
 def said(found: Mapping[str, DivergingStep]) -> str:

@@ -26,13 +26,14 @@ from ..core.moments import moments
 from ..errors import AnybatchError
 from ..inference import recalibrate_
 from .learning_rate import accuracy
+from .panels import Panel
 from .subject import Passes, Subject, target_of
 from .watch import norms_of, watching
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["TROUBLE", "EvaluationGap", "evaluated", "gap", "measure", "passes", "plot", "said"]
+__all__ = ["TROUBLE", "EvaluationGap", "evaluated", "gap", "measure", "moment_gaps", "panels", "passes", "plot", "said"]
 
 TROUBLE = 0.65  # of the mean gap over norms, from which on evaluation is likely to fail
 
@@ -120,7 +121,7 @@ def _both_modes(subject: Subject) -> tuple[tuple[str, ...], list[Tensor], dict[s
     def starts(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = first_tensor(args, kwargs)
         if x is not None and x.numel():
-            own[norm] = evaluated(norm, x), *_moment_gaps(norm, x)
+            own[norm] = evaluated(norm, x), *moment_gaps(norm, x)
 
     def ends(name: str, norm: nn.Module, x: Tensor, y: Tensor) -> None:
         if norm in own and outputs.get(name):
@@ -148,7 +149,8 @@ def _both_modes(subject: Subject) -> tuple[tuple[str, ...], list[Tensor], dict[s
     return names, [torch.stack(seen[name]) for name in names], results
 
 
-def _moment_gaps(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def moment_gaps(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """mean_gap and sd_gap of a norm on its input x (N, C, *); nan without running statistics of its channels."""
     assert isinstance(norm, _BatchNorm)
     if norm.running_mean is None or norm.running_var is None or len(norm.running_mean) != x.shape[1]:
         nan = x.new_full((), torch.nan, dtype=torch.float64)
@@ -173,20 +175,23 @@ def passes(subject: Subject) -> Passes:
     return Passes(forward=4 * len(subject.batches))
 
 
-def plot(found: Mapping[str, EvaluationGap]) -> "Figure":
+def panels(found: Mapping[str, EvaluationGap]) -> list[Panel]:
     """The gap against the number of the norm, and the loss by mode."""
-    from .figures import Panel, lines
-
     modes = list(dict.fromkeys(mode for at in found.values() for mode in at.losses))
     gaps = {name: ([float(k) for k in range(1, len(at.names) + 1)], at.gap.tolist()) for name, at in found.items()}
     places = [float(k) for k in range(1, len(modes) + 1)]
     losses = {name: (places, [at.losses.get(mode, math.nan) for mode in modes]) for name, at in found.items()}
-    return lines(
-        [
-            Panel("gap of training and evaluation", gaps, "norm, in order", level=TROUBLE),
-            Panel("loss on the same batches", losses, "", ticks=modes),
-        ]
-    )
+    return [
+        Panel("gap of training and evaluation", gaps, "norm, in order", level=TROUBLE),
+        Panel("loss on the same batches", losses, "", ticks=modes),
+    ]
+
+
+def plot(found: Mapping[str, EvaluationGap]) -> "Figure":
+    """The panels as one figure; needs matplotlib."""
+    from .figures import draw
+
+    return draw(panels(found))
 
 
 def said(found: Mapping[str, EvaluationGap]) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .panels import Panel
 from .subject import Passes, Subject
 
 if TYPE_CHECKING:
@@ -70,20 +71,23 @@ def passes(subject: Subject) -> Passes:
     return Passes()
 
 
-def plot(found: Mapping[str, GaussianProducts]) -> "Figure":
+def panels(found: Mapping[str, GaussianProducts]) -> list[Panel]:
     """Singular values, one line a number of factors, and condition against that number."""
-    from .figures import Panel, lines
-
     at = next(iter(found.values()))
     ranks = list(range(1, at.singular.shape[1] + 1))
-    spectra = {f"{m} factor(s)": (ranks, s.tolist()) for m, s in zip(at.factors, at.singular, strict=True)}
+    spectra = {f"M = {m}": (ranks, s.tolist()) for m, s in zip(at.factors, at.singular, strict=True)}
     condition = {"condition number": ([float(m) for m in at.factors], at.condition.tolist())}
-    return lines(
-        [
-            Panel("singular values of the product", spectra, "place", log="y"),
-            Panel("condition number", condition, "matrices multiplied", log="y"),
-        ]
-    )
+    return [
+        Panel("singular values of the product", spectra, "place", log="y"),
+        Panel("condition number", condition, "matrices multiplied", log="y"),
+    ]
+
+
+def plot(found: Mapping[str, GaussianProducts]) -> "Figure":
+    """The panels as one figure; needs matplotlib."""
+    from .figures import draw
+
+    return draw(panels(found))
 
 
 def said(found: Mapping[str, GaussianProducts]) -> str:

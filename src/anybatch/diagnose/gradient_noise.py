@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..errors import AnybatchError
+from .panels import Panel
 from .subject import Passes, Subject, target_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["EXAMPLES", "GradientNoise", "measure", "passes", "plot", "said"]
+__all__ = ["EXAMPLES", "GradientNoise", "measure", "panels", "passes", "plot", "said"]
 
 EXAMPLES = 32  # of the batch, at most
 
@@ -88,14 +89,19 @@ def passes(subject: Subject) -> Passes:
     return Passes(forward=1, backward=1 + EXAMPLES)
 
 
-def plot(found: Mapping[str, GradientNoise]) -> "Figure":
+def panels(found: Mapping[str, GradientNoise]) -> list[Panel]:
     """The distances, sorted: a few outliers can make most of C."""
-    from .figures import Panel, lines
-
     series = {
         name: (list(range(1, len(at.distances) + 1)), at.distances.sort().values.tolist()) for name, at in found.items()
     }
-    return lines([Panel("|g_i - g|²", series, "example, sorted", log="y")])
+    return [Panel("|g_i - g|²", series, "example, sorted", log="y")]
+
+
+def plot(found: Mapping[str, GradientNoise]) -> "Figure":
+    """The panels as one figure; needs matplotlib."""
+    from .figures import draw
+
+    return draw(panels(found))
 
 
 def said(found: Mapping[str, GradientNoise]) -> str:

@@ -26,13 +26,14 @@ from ..core.linear_map import LinearMap
 from ..core.moments import Moments, moments
 from ..core.taylor import Entries, Responses, by_patch, carry
 from ..errors import AnybatchError
+from .panels import Panel
 from .subject import Passes, Subject
 from .watch import as_channels, norms_of, watching
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["AGES", "KINDS", "HistoryError", "measure", "passes", "plot", "said"]
+__all__ = ["AGES", "KINDS", "HistoryError", "measure", "panels", "passes", "plot", "said"]
 
 AGES = 8
 KINDS = (
@@ -200,20 +201,23 @@ def passes(subject: Subject) -> Passes:
     return Passes(forward=2 * AGES + 1, backward=AGES)
 
 
-def plot(found: Mapping[str, HistoryError]) -> "Figure":
+def panels(found: Mapping[str, HistoryError]) -> list[Panel]:
     """Errors of the variance and of the mean against age, mean over the maps."""
-    from .figures import Panel, lines
-
     at = next(iter(found.values()))
     ages = [float(age) for age in at.ages]
     variance = {kind: (ages, error.mean(0).tolist()) for kind, error in at.var_error.items()}
     mean = {kind: (ages, error.mean(0).clamp_min(1e-6).tolist()) for kind, error in at.mean_error.items()}
-    return lines(
-        [
-            Panel("relative error of past variances", variance, "age, steps", log="y"),
-            Panel("error of past means, deviations", mean, "age, steps", log="y"),
-        ]
-    )
+    return [
+        Panel("relative error of past variances", variance, "age, steps", log="y"),
+        Panel("error of past means, deviations", mean, "age, steps", log="y"),
+    ]
+
+
+def plot(found: Mapping[str, HistoryError]) -> "Figure":
+    """The panels as one figure; needs matplotlib."""
+    from .figures import draw
+
+    return draw(panels(found))
 
 
 def said(found: Mapping[str, HistoryError]) -> str:

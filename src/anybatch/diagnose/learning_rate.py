@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .panels import Panel
 from .step_size import DIVERGED
 from .subject import Passes, Subject, target_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["RATES", "STEPS", "LearningRates", "accuracy", "measure", "passes", "plot", "said"]
+__all__ = ["RATES", "STEPS", "LearningRates", "accuracy", "measure", "panels", "passes", "plot", "said"]
 
 RATES = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 STEPS = 40
@@ -129,18 +130,24 @@ def passes(subject: Subject) -> Passes:
     return Passes(forward=len(RATES) * STEPS, backward=len(RATES) * STEPS)
 
 
-def plot(found: Mapping[str, LearningRates]) -> "Figure":
+def panels(found: Mapping[str, LearningRates]) -> list[Panel]:
     """Final loss, and accuracy where there is one, against the rate; diverged rates are left out."""
-    from .figures import Panel, lines
 
     def series(of: str) -> dict[str, tuple[list[float], list[float]]]:
         return {name: (at.rates.tolist(), getattr(at, of).tolist()) for name, at in found.items()}
 
-    panels = [Panel("training loss after some steps", series("loss"), "learning rate", log="x")]
+    drawn = [Panel("training loss after some steps", series("loss"), "learning rate", log="x")]
     for of, title in (("accuracy", "training accuracy, %"), ("test", "test accuracy, %")):
         if any(not getattr(at, of).isnan().all() for at in found.values()):
-            panels.append(Panel(title, series(of), "learning rate", log="x"))
-    return lines(panels)
+            drawn.append(Panel(title, series(of), "learning rate", log="x"))
+    return drawn
+
+
+def plot(found: Mapping[str, LearningRates]) -> "Figure":
+    """The panels as one figure; needs matplotlib."""
+    from .figures import draw
+
+    return draw(panels(found))
 
 
 def said(found: Mapping[str, LearningRates]) -> str:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..errors import AnybatchError
+from .panels import Heat, Tile
 from .subject import Passes, Subject, target_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["LogitGradients", "measure", "passes", "plot", "said"]
+__all__ = ["LogitGradients", "measure", "panels", "passes", "plot", "said"]
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,17 @@ def passes(subject: Subject) -> Passes:
     return Passes(forward=1, backward=1)
 
 
-def plot(found: Mapping[str, LogitGradients]) -> "Figure":
+def panels(found: Mapping[str, LogitGradients]) -> list[Heat]:
     """A heat map a subject: examples from top to bottom, outputs from left to right."""
-    from .figures import Heat, heat_maps
+    tiles = [Tile(name, at.matrix[:64, :64].tolist()) for name, at in found.items()]
+    return [Heat(tiles, len(tiles), "N dL / d output", "output", "example", signed=True)]
 
-    tiles = [Heat(name, at.matrix[:64, :64].tolist(), "output", "example") for name, at in found.items()]
-    return heat_maps(tiles, len(tiles), "N dL / d output", signed=True)
+
+def plot(found: Mapping[str, LogitGradients]) -> "Figure":
+    """The panels as one figure; needs matplotlib."""
+    from .figures import draw
+
+    return draw(panels(found))
 
 
 def said(found: Mapping[str, LogitGradients]) -> str:

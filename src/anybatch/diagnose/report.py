@@ -8,12 +8,14 @@ from ..errors import AnybatchError
 from ..reporting.files import write_atomically
 from ..reporting.page import figure_element, render
 from .experiments import EXPERIMENTS
+from .figures import draw
 
 if TYPE_CHECKING:
     from .diagnosis import Diagnosis
 
 __all__ = ["NUMBERS", "REPORT", "write"]
 
+_REM_PER_INCH = 4.95  # two panels side by side fill the page
 REPORT, NUMBERS = "report.html", "diagnosis.json"
 
 
@@ -27,7 +29,10 @@ def write(diagnosis: "Diagnosis", folder: Path, command: str = "") -> Path:
         {
             "row": row,
             "said": diagnosis.said(name),
-            "figure": figure_element(diagnosis.figure(name), prefix=f"{name}-"),
+            "figures": [
+                figure_element(draw([panel]), prefix=f"{name}-{place}-", scale=_REM_PER_INCH)
+                for place, panel in enumerate(row.module.panels(diagnosis.results[name]))
+            ],
             "left_out": {key: why for key, why in diagnosis.left_out.items() if key.startswith(f"{name},")},
         }
         for name, row in EXPERIMENTS.items()

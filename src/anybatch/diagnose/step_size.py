@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .panels import Panel
 from .subject import Passes, Subject
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["DIVERGED", "GRID", "StepSizes", "gradient_step", "measure", "passes", "plot", "said"]
+__all__ = ["DIVERGED", "GRID", "StepSizes", "gradient_step", "measure", "panels", "passes", "plot", "said"]
 
 GRID = tuple(10 ** (k / 4) for k in range(-20, 9))  # 1e-5 to 100, four a decade
 DIVERGED = 1e3  # the loss, or its ratio, beyond which a step counts as diverged
@@ -85,12 +86,17 @@ def passes(subject: Subject) -> Passes:
     return Passes(forward=1 + len(GRID), backward=1)
 
 
-def plot(found: Mapping[str, StepSizes]) -> "Figure":
+def panels(found: Mapping[str, StepSizes]) -> list[Panel]:
     """The ratio against the step, both logarithmic, cut at what counts as diverged."""
-    from .figures import Panel, lines
-
     series = {name: (at.steps.tolist(), at.ratio.clamp(1e-3, 10 * DIVERGED).tolist()) for name, at in found.items()}
-    return lines([Panel("loss after the step / loss before", series, "step size", log="xy", level=1.0)])
+    return [Panel("loss after the step / loss before", series, "step size", log="xy", level=1.0)]
+
+
+def plot(found: Mapping[str, StepSizes]) -> "Figure":
+    """The panels as one figure; needs matplotlib."""
+    from .figures import draw
+
+    return draw(panels(found))
 
 
 def said(found: Mapping[str, StepSizes]) -> str:

@@ -23,7 +23,7 @@ from ..layers.nonorm import NoNorm
 from ..training import history_state_dict, load_history_state_dict
 from .watch import first_not_finite
 
-__all__ = ["Forward", "Loss", "Meter", "Passes", "Subject", "target_of"]
+__all__ = ["Forward", "Loss", "Meter", "Passes", "Subject", "copier", "target_of"]
 
 Forward = Callable[[nn.Module, Any], Any]
 Loss = Callable[[Any, Any], Tensor]
@@ -89,7 +89,7 @@ class Subject:
             raise AnybatchError(f"{_CALL}: batches={batches}; give at least 1")
         if not callable(loss):
             raise AnybatchError(f"{_CALL}: the loss is a {type(loss).__name__}; give a function of (output, target)")
-        self._build = _copier(model) if isinstance(model, nn.Module) else _builder(model)
+        self._build = copier(model) if isinstance(model, nn.Module) else _builder(model)
         self.loss, self.forward = loss, forward
         self.meter = Meter()
         sample = self.copy()
@@ -247,7 +247,8 @@ def _seed(seed: int) -> None:
         sys.modules["numpy"].random.seed(seed)
 
 
-def _copier(model: nn.Module) -> Callable[[], nn.Module]:
+def copier(model: nn.Module) -> Callable[[], nn.Module]:
+    """What makes copies of the model, without its wrapper and with its history as it is now."""
     model = unwrapped(model)
     history = history_state_dict(model)
 

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from ..core.moments import moments
 from ..errors import AnybatchError
+from .panels import Panel
 from .subject import Passes, Subject
 from .watch import maps_of, middle
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["WeightGradients", "measure", "passes", "plot", "said"]
+__all__ = ["WeightGradients", "measure", "panels", "passes", "plot", "said"]
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,8 @@ def passes(subject: Subject) -> Passes:
     return Passes(forward=1, backward=1)
 
 
-def plot(found: Mapping[str, WeightGradients]) -> "Figure":
+def panels(found: Mapping[str, WeightGradients]) -> list[Panel]:
     """Histograms in units of their standard deviations, on a logarithmic scale."""
-    from .figures import Panel, lines
-
     series = {}
     for name, at in found.items():
         middles = (at.edges[1:] + at.edges[:-1]) / 2 / (at.std or 1.0)
@@ -91,7 +90,14 @@ def plot(found: Mapping[str, WeightGradients]) -> "Figure":
         density = at.counts / at.counts.sum().clamp_min(1) / (width or 1.0)
         series[name] = (middles.tolist(), torch.where(density > 0, density, torch.nan).tolist())
     layer = next(iter(found.values())).layer
-    return lines([Panel(f"density of the gradient of '{layer}'", series, "standard deviations", log="y", steps=True)])
+    return [Panel(f"density of the gradient of '{layer}'", series, "standard deviations", log="y", steps=True)]
+
+
+def plot(found: Mapping[str, WeightGradients]) -> "Figure":
+    """The panels as one figure; needs matplotlib."""
+    from .figures import draw
+
+    return draw(panels(found))
 
 
 def said(found: Mapping[str, WeightGradients]) -> str:

@@ -22,14 +22,18 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
-def figure_element(figure: Figure, prefix: str) -> Markup:
+def figure_element(figure: Figure, prefix: str, scale: float | None = None) -> Markup:
     """The figure as it stands on a page, in the page's colours.
 
     Args:
         figure: what to draw.
         prefix: of every id in it, another for each figure of a page.
+        scale: rem an inch that it takes at most; None: as wide as its place.
     """
-    return Markup(style.themed(style.svg(figure, transparent=True, prefix=prefix)))
+    element = style.themed(style.svg(figure, transparent=True, prefix=prefix))
+    if scale is not None:
+        element = element.replace("<svg", f'<svg style="max-width: {scale * figure.get_figwidth():.1f}rem"', 1)
+    return Markup(element)
 
 
 def render(package: str, template: str, **values: Any) -> str:
