@@ -14,7 +14,8 @@ from anybatch.nn import CrossIterationBatchNorm
 def test_public_names_are_a_decision() -> None:
     assert ab.__all__ == [
         "BGN", "BN", "CBN", "GN", "IEBN", "METHODS", "AccumulatedBN", "AnybatchError", "BatchGroupNorm",
-        "BatchRenorm", "ExampleWeighedBN", "GhostBN", "Monitor", "NoNorm", "ProxyNorm", "Report", "advise", "attach", "convert_", "diagnose", "fold",
+        "BatchRenorm", "ExampleWeighedBN", "GhostBN", "Monitor", "NoNorm", "ProxyNorm", "Report", "advise", "attach",
+        "convert_", "diagnose", "fold",
         "history_state_dict", "kernels", "load_history_state_dict", "nn", "param_groups", "parse_method",
         "recalibrate_", "revert_", "tune_example_weight", "weigh_examples_",
     ]  # fmt: skip

@@ -44,13 +44,13 @@ def run_example(
 
 
 @contextmanager
-def random_states_kept(model: nn.Module) -> Iterator[None]:
-    """Python's, torch's and, where it is in use, numpy's random states, on the CPU and the model's GPUs, put back."""
-    gpus = {t.device for t in [*model.parameters(), *model.buffers()] if t.device.type == "cuda"}
+def random_states_kept() -> Iterator[None]:
+    """Python's, torch's and, where it is in use, numpy's random states, on the CPU and the GPUs, put back."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     numpy = sys.modules.get("numpy")
     of_python, of_numpy = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:
-        with torch.random.fork_rng(sorted(d.index for d in gpus)):
+        with torch.random.fork_rng(gpus):
             yield
     finally:
         random.setstate(of_python)
@@ -75,7 +75,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     saved = [None if buffer is None else (version(buffer), buffer.clone()) for _, _, buffer in buffers]
     try:
         # Warnings are about the user's model: the user sees them in the user's own runs.
-        with torch.no_grad(), random_states_kept(model), warnings.catch_warnings():
+        with torch.no_grad(), random_states_kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

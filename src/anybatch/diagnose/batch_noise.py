@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..core.moments import bessel, moments, pool
 from ..errors import AnybatchError
+from ..inference.batches import examples_in
 from .panels import Panel
 from .subject import Passes, Subject
 from .watch import norms_of, watching
@@ -78,6 +79,8 @@ def measure(subject: Subject, sizes: Sequence[int] = SIZES) -> BatchNoise:
     Raises:
         AnybatchError: the model has no BatchNorm, or there are too few examples.
     """
+    if min(sizes) < 1:
+        raise AnybatchError(f"diagnose: sizes={tuple(sizes)}; batches have at least one example")
     model = subject.copy()
     norms = norms_of(model)
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -93,10 +96,12 @@ def measure(subject: Subject, sizes: Sequence[int] = SIZES) -> BatchNoise:
         for batch in subject.batches:
             subject.output(model, batch)
     names = tuple(name for name in norms if name in seen)
+    if not names:
+        raise AnybatchError("diagnose: the batches reached no BatchNorm")
     examples = {name: [torch.cat(part) for part in zip(*seen[name], strict=True)] for name in names}
     rows = [_errors(examples[name][0], examples[name][1], sizes) for name in names]
     effective, mean_error, var_error = (torch.stack(column) for column in zip(*rows, strict=True))
-    count = sum(len(m) for m, _ in seen[names[0]])
+    count = sum(examples_in(batch) for batch in subject.batches)
     values = torch.tensor([positions[name] for name in names])
     return BatchNoise(names, values, effective, tuple(sizes), mean_error, var_error, count)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.linear_map import LinearMap
+from ..errors import AnybatchError
 from .panels import Panel
 from .subject import Passes, Subject
 from .watch import as_channels, maps_of, watching
@@ -58,9 +59,11 @@ def measure(subject: Subject, batch: int = 0) -> Cancellation:
     terms: dict[str, Tensor] = {}
     sums: dict[str, Tensor] = {}
 
-    def see(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
+    def see(name: str, module: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
         if not y.requires_grad:
-            return
+            return None
+        if y._is_view():  # of Linear on sequences; changed in place, a view loses its hooks
+            y = y.clone()
         weight, geometry = module.weight, LinearMap.of(module)
         assert isinstance(weight, Tensor)
         assert geometry is not None
@@ -74,11 +77,14 @@ def measure(subject: Subject, batch: int = 0) -> Cancellation:
                 into[name] = into.get(name, 0) + count * geometry.covariance(p, q, weight)
 
         y.register_hook(arrived)  # type: ignore[no-untyped-call] # of y as it is now: what follows may change it in place
+        return y
 
     with watching(maps, see):
         loss = subject.loss_of(model, subject.batches[batch])
     subject.backward(loss, [p for p in model.parameters() if p.requires_grad])
     names = tuple(name for name in maps if name in terms)
+    if not names:
+        raise AnybatchError("diagnose: no gradient reaches the output of a linear map")
     a = torch.stack([terms[name].mean().cpu() for name in names])
     b = torch.stack([sums[name].abs().mean().cpu() for name in names])
     return Cancellation(names, a, b)

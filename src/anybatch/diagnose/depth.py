@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.moments import moments
+from ..errors import AnybatchError
 from .panels import Panel
 from .subject import Passes, Subject
 from .watch import as_channels, maps_of, watching
@@ -62,6 +63,8 @@ def measure(subject: Subject, batch: int = 0) -> Depth:
 
     with torch.no_grad(), watching(maps_of(model), see):
         subject.output(model, subject.batches[batch])
+    if not found:
+        raise AnybatchError("diagnose: no linear map ran as a module, so there is no output to look at")
     means, variances = (torch.stack(values) for values in zip(*found, strict=True))
     return Depth(tuple(names), means, variances)
 

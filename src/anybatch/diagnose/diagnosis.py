@@ -166,7 +166,7 @@ def diagnose(
     defaults: dict[str, dict[str, Any]] = {
         "batch-noise": {"sizes": tuple(sorted({*batch_noise.SIZES, batch}))},
         "history-error": {"rate": rate},
-        "learning-rate": {"test": list(test)},
+        "learning-rate": {"test": subject.placed(test)},
     }
     planned: list[tuple[Experiment, dict[str, Subject]]] = []
     for row in chosen:

@@ -17,7 +17,7 @@ from ..core.moments import moments
 from ..errors import AnybatchError
 from . import step_size
 from .panels import Heat, Tile
-from .subject import Passes, Subject
+from .subject import Passes, Subject, rewinder
 from .watch import as_channels, maps_of, watching
 
 if TYPE_CHECKING:
@@ -72,11 +72,12 @@ def measure(
     """
     model = subject.copy()
     maps = maps_of(model)
-    names = tuple(layers or _default(maps))
+    names = (layers,) if isinstance(layers, str) else tuple(layers or _default(maps))
     if unknown := [name for name in names if name not in maps]:
         raise AnybatchError(f"diagnose: there is no linear map '{unknown[0]}'; there are {', '.join(list(maps)[:8])}")
     if step is None:
         step = step_size.measure(subject, batch).smallest_diverging or step_size.GRID[-1]
+    rewind = rewinder(model)
     _, parameters, gradient = step_size.gradient_step(subject, model, batch)
     start = [p.detach().clone() for p in parameters]
     means: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -92,6 +93,7 @@ def measure(
         for f in at.tolist():
             for p, origin, g in zip(parameters, start, gradient, strict=True):
                 p.copy_(origin - f * step * g)
+            rewind()
             losses.append(float(subject.loss_of(model, subject.batches[batch])))
     by_name = [tuple(_by_step(seen[name], len(at), name) for name in names) for seen in (means, variances)]
     return DivergingStep(step, at, torch.tensor(losses, dtype=torch.float64), names, *by_name)

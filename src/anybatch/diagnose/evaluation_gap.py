@@ -2,7 +2,8 @@
 
     gap_l^2      = E[(train_l - eval_l)^2] / E_c[Var[eval_lc]]       the whole network in training, in evaluation mode
     own_gap_l^2  = the same of this norm alone: both modes on what it is given in training
-    mean_gap_l^2 = E_c[ (mean_c - running_mean_c)^2 / running_var_c ],   sd_gap_l^2 = E_c[ ln(sd_c / running_sd_c)^2 ]
+    mean_gap_l^2 = E_c[(mean_c - running_mean_c)^2 / (running_var_c + eps)]
+    sd_gap_l^2   = E_c[ln(sd_c / running_sd_c)^2]
 
 train_l, eval_l are what norm l puts out for the same batch, E over the batch, positions and channels, Var over the
 batch and positions, E_c over channels; mean_c, sd_c the batch's. A gap comes of running statistics that are behind
@@ -79,7 +80,7 @@ def evaluated(norm: nn.Module, x: Tensor) -> Tensor:
     try:
         for module, _ in modes:
             module.training = False
-        out: Tensor = norm.forward(x)
+        out: Tensor = norm.forward(x).detach()
     finally:
         for module, training in modes:
             module.training = training
@@ -98,7 +99,7 @@ def measure(subject: Subject) -> EvaluationGap:
     with torch.no_grad():
         names, rows, results = _both_modes(subject)
         model = subject.copy().eval()
-        if any(norm.running_mean is not None for norm in norms_of(model).values()):
+        if _recalibrates(model):
             recalibrate_(model, subject.batches, forward=subject.output, sync=False)
             results["recalibrated"] = [_judged(subject, model, batch) for batch in subject.batches]
     losses, accuracies = ({mode: _mean(found, column) for mode, found in results.items()} for column in (0, 1))
@@ -110,13 +111,13 @@ def _both_modes(subject: Subject) -> tuple[tuple[str, ...], list[Tensor], dict[s
     """Names of the norms, their four gaps at every call (B, 4), and losses with accuracies by mode."""
     model = subject.copy()
     norms = norms_of(model)
-    state = {key: buffer.clone() for key, buffer in model.named_buffers()}
+    state = [(m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None]
     seen: dict[str, list[Tensor]] = {}
     outputs: dict[str, list[Tensor]] = {}  # in evaluation, by norm, in the order of its calls
     own: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = {}
 
     def in_evaluation(name: str, norm: nn.Module, x: Tensor, y: Tensor) -> None:
-        outputs.setdefault(name, []).append(y.clone())  # what follows may change it in place
+        outputs.setdefault(name, []).append(y.detach().clone())  # what follows may change it in place
 
     def starts(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = first_tensor(args, kwargs)
@@ -140,9 +141,8 @@ def _both_modes(subject: Subject) -> tuple[tuple[str, ...], list[Tensor], dict[s
                 hooks.callback(norm.register_forward_pre_hook(starts, with_kwargs=True).remove)
             hooks.enter_context(watching(norms, ends))
             results["training"].append(_judged(subject, model.train(), batch))
-        for key, buffer in model.named_buffers():
-            if key in state:
-                buffer.copy_(state[key])
+        for module, key, buffer, kept in state:  # a buffer may have been replaced
+            module._buffers[key] = buffer.copy_(kept)
     names = tuple(name for name in norms if name in seen)
     if not names:
         raise AnybatchError("diagnose: no BatchNorm ran in both modes, so there is nothing to compare")
@@ -172,7 +172,11 @@ def _mean(results: list[tuple[float, float]], column: int) -> float:
 
 def passes(subject: Subject) -> Passes:
     """What :func:`measure` costs."""
-    return Passes(forward=4 * len(subject.batches))
+    return Passes(forward=(4 if _recalibrates(subject.copy()) else 2) * len(subject.batches))
+
+
+def _recalibrates(model: nn.Module) -> bool:
+    return any(n.running_mean is not None and getattr(n, "uses_running", True) for n in norms_of(model).values())
 
 
 def panels(found: Mapping[str, EvaluationGap]) -> list[Panel]:

@@ -64,9 +64,9 @@ def measure(subject: Subject, batch: int = 0, examples: int = EXAMPLES) -> Gradi
     parameters = [p for p in model.parameters() if p.requires_grad]
     taken = subject.batches[batch]
     output, target = subject.output(model, taken), target_of(taken)
-    if not isinstance(output, Tensor):
-        raise AnybatchError(f"diagnose: the noise of gradients needs one output tensor, not a {type(output).__name__}")
-    count = min(len(output), examples)
+    if not isinstance(output, Tensor) or not output.dim():
+        what = "tensor without examples" if isinstance(output, Tensor) else type(output).__name__
+        raise AnybatchError(f"diagnose: the noise of gradients needs one output tensor, not a {what}")
     count = min(len(output), examples)
     losses = [subject.judge(output[i : i + 1], _example(target, i)) for i in range(count)]
     mean = subject.backward(torch.stack(losses).mean(), parameters, again=True)

@@ -26,9 +26,10 @@ from ..core.linear_map import LinearMap
 from ..core.moments import Moments, moments
 from ..core.taylor import Entries, Responses, by_patch, carry
 from ..errors import AnybatchError
+from ..training import attach
 from .panels import Panel
 from .subject import Passes, Subject
-from .watch import as_channels, norms_of, watching
+from .watch import as_channels, linear, norms_of, watching
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,7 +97,8 @@ def measure(subject: Subject, rate: float = 0.1, ages: int = AGES, momentum: flo
     """
     model = subject.copy()
     maps = _fed_by(subject, model)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate, momentum=momentum)
+    optimizer = torch.optim.SGD(subject.trained(model), lr=rate, momentum=momentum)
+    attach(model, optimizer)
     parameters: list[nn.Parameter] = optimizer.param_groups[0]["params"]
     past: list[dict[str, _Past]] = []
 
@@ -160,8 +162,8 @@ def _taken(module: nn.Module, x: Tensor, y: Tensor) -> _Past:
         now,
         geometry.mean_patch(wide, tuple(y.shape[2:])),
         geometry.covariance(wide, centred, weight),
-        geometry.rows(weight),
-        bias.detach().double() if isinstance(bias, Tensor) else None,
+        geometry.rows(weight).clone(),  # of a float64 model it is the weight itself, which the optimizer moves
+        bias.detach().double().clone() if isinstance(bias, Tensor) else None,
     )
 
 
@@ -172,7 +174,7 @@ def _errors(module: nn.Module, then: _Past, network: Moments) -> list[float]:
     assert isinstance(weight, Tensor)
     rows = geometry.rows(weight.detach().double())
     shift = bias.detach().double() if isinstance(bias, Tensor) else None
-    own = moments(as_channels(module, module(then.x)).double())
+    own = moments(as_channels(module, linear(module, then.x)).double())
     mean_at, mean_today = (
         (by_patch(then.patch.unsqueeze(1), w) + (0 if b is None else b.unsqueeze(1)))
         for w, b in ((then.rows, then.bias), (rows, shift))
@@ -190,7 +192,10 @@ def _errors(module: nn.Module, then: _Past, network: Moments) -> list[float]:
     errors = []
     for kind in KINDS:
         (of_mean, of_var), true = against[kind.partition(" ")[0]], own if kind.endswith("own") else network
-        alive = true.var > 1e-12 * (true.var.max() + true.mean.square().max())
+        alive = ~(true.var <= 1e-12 * (true.var.max() + true.mean.square().max()))
+        if not alive.any():
+            errors += [0.0, 0.0]
+            continue
         apart = (of_mean - true.mean).square()[alive] / true.var[alive]
         errors += [float(apart.mean().sqrt()), float((of_var[alive] / true.var[alive] - 1).square().mean().sqrt())]
     return [*errors, float((paper.var == 0).double().mean())]

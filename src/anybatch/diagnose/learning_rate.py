@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..training import attach
 from .panels import Panel
 from .step_size import DIVERGED
 from .subject import Passes, Subject, target_of
@@ -102,7 +103,8 @@ def _train(
 ) -> tuple[list[float], float, float, float]:
     """Losses, final loss, final accuracy, test accuracy."""
     model, nan = subject.copy(), math.nan
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate, momentum=momentum)
+    optimizer = torch.optim.SGD(subject.trained(model), lr=rate, momentum=momentum)
+    attach(model, optimizer)
     parameters: list[nn.Parameter] = optimizer.param_groups[0]["params"]
     losses: list[float] = []
     scores: list[float] = []

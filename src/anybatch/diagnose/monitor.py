@@ -136,7 +136,7 @@ class Monitor:
         modes = [(module, module.training) for module in self._model.modules()]
         self._evaluated, self._busy = {}, True
         try:
-            with torch.no_grad(), random_states_kept(self._model), watching(dict(self._norms), see):
+            with torch.no_grad(), random_states_kept(), watching(dict(self._norms), see):
                 for module, _ in modes:
                     module.training = False
                 self._model(*args, **kwargs)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..errors import AnybatchError
 from .panels import Panel
-from .subject import Passes, Subject
+from .subject import Passes, Subject, rewinder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +69,10 @@ def measure(subject: Subject, batch: int = 0, steps: Sequence[float] = GRID) -> 
         steps: sizes a, in units of the plain gradient.
     """
     model = subject.copy()
+    rewind = rewinder(model)
     loss, parameters, gradient = gradient_step(subject, model, batch)
+    if not loss > 0:
+        raise AnybatchError(f"diagnose: the loss is {loss:g}, of which a ratio says nothing; give one above zero")
     start = [p.detach().clone() for p in parameters]
     steps = sorted(steps)
     losses = []
@@ -76,6 +80,7 @@ def measure(subject: Subject, batch: int = 0, steps: Sequence[float] = GRID) -> 
         for a in steps:
             for p, at, g in zip(parameters, start, gradient, strict=True):
                 p.copy_(at - a * g)
+            rewind()
             losses.append(float(subject.loss_of(model, subject.batches[batch])))
     ratio = torch.tensor(losses, dtype=torch.float64) / loss
     return StepSizes(torch.tensor(steps, dtype=torch.float64), ratio.nan_to_num(nan=torch.inf, neginf=torch.inf), loss)

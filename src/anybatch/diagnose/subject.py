@@ -23,7 +23,7 @@ from ..layers.nonorm import NoNorm
 from ..training import history_state_dict, load_history_state_dict
 from .watch import first_not_finite
 
-__all__ = ["Forward", "Loss", "Meter", "Passes", "Subject", "copier", "target_of"]
+__all__ = ["Forward", "Loss", "Meter", "Passes", "Subject", "copier", "rewinder", "target_of"]
 
 Forward = Callable[[nn.Module, Any], Any]
 Loss = Callable[[Any, Any], Tensor]
@@ -93,13 +93,19 @@ class Subject:
         self.loss, self.forward = loss, forward
         self.meter = Meter()
         sample = self.copy()
-        device = next((t.device for t in [*sample.parameters(), *sample.buffers()]), torch.device("cpu"))
-        with random_states_kept(sample):
-            taken = list(itertools.islice(loader, batches))
+        self._device = next((t.device for t in [*sample.parameters(), *sample.buffers()]), torch.device("cpu"))
+        try:
+            with random_states_kept():
+                taken = list(itertools.islice(loader, batches))
+        except Exception as error:
+            raise AnybatchError(f"{_CALL}: the loader raised {type(error).__name__}: {error}; check it") from error
         if not taken:
             raise AnybatchError(f"{_CALL}: the loader gave no batch; check it, or give a list of batches")
-        self.batches: tuple[Any, ...] = tuple(tree_map_only(Tensor, lambda t: t.to(device), batch) for batch in taken)
-        self.asked = batches
+        self.batches = self.placed(taken)
+
+    def placed(self, batches: Iterable[Any]) -> tuple[Any, ...]:
+        """Batches on the model's device."""
+        return tuple(tree_map_only(Tensor, lambda t: t.to(self._device), batch) for batch in batches)
 
     @property
     def spent(self) -> Passes:
@@ -148,6 +154,10 @@ class Subject:
                 f"{_CALL}: batches of {size} cannot be made of the loader's ({error}); give a loader of such batches"
             ) from error
         count = len(parts[0])
+        if size < 1 or any(len(part) != count for part in parts):
+            raise AnybatchError(
+                f"{_CALL}: batches of {size} cannot be made of tensors of {[len(part) for part in parts]} entries"
+            )
         if count < size:
             raise AnybatchError(f"{_CALL}: {count} examples make no batch of {size}; keep more batches")
         chunks = zip(*(torch.split(part, size) for part in parts), strict=True)
@@ -155,7 +165,7 @@ class Subject:
         return self.derived(batches=[chunk[0] if isinstance(self.batches[0], Tensor) else chunk for chunk in whole])
 
     def joined(self, size: int) -> "Subject":
-        """The same examples in batches of at least ``size``, where they can be joined and there are enough."""
+        """The same examples in batches of ``size``, or one if they are fewer, where they can be joined."""
         if examples_in(self.batches[0]) >= size:
             return self
         try:
@@ -176,8 +186,15 @@ class Subject:
 
     def output(self, model: nn.Module, batch: Any, seed: int = 0) -> Any:
         """One forward pass: what the model makes of a batch."""
-        with self._same_draws(model, seed):
-            output = run_on(_CALL, model, batch, self.forward)
+        with self._same_draws(seed):
+            # A clone: a model may change its input in place.
+            own = tree_map_only(Tensor, Tensor.clone, batch)
+            try:
+                output = run_on(_CALL, model, own, self.forward)
+            except AnybatchError:
+                raise
+            except Exception as error:
+                raise AnybatchError(f"{_CALL}: the forward raised {type(error).__name__}: {error}") from error
         self.meter.count(Passes(forward=1))
         return output
 
@@ -202,6 +219,13 @@ class Subject:
             what = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise AnybatchError(f"{_CALL}: the loss is a {what}; give one that returns a single number, such as a mean")
         return loss.reshape(())
+
+    def trained(self, model: nn.Module) -> list[nn.Parameter]:
+        """The parameters that are trained."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if not parameters:
+            raise AnybatchError(f"{_CALL}: the loss does not depend on any parameter that is trained; there is none")
+        return parameters
 
     def backward(self, loss: Tensor, of: Sequence[Tensor], again: bool = False) -> list[Tensor]:
         """One backward pass: the gradient of ``loss`` at each of ``of``, zeros where there is none."""
@@ -228,11 +252,25 @@ class Subject:
             raise AnybatchError(f"{_CALL}: the loss of the first batch is {float(loss)}; first not finite: {where}")
 
     @contextmanager
-    def _same_draws(self, model: nn.Module, seed: int) -> Iterator[None]:
+    def _same_draws(self, seed: int) -> Iterator[None]:
         """Dropout and the like draw the same at every pass."""
-        with random_states_kept(model):
+        with random_states_kept():
             _seed(seed)
             yield
+
+
+def rewinder(model: nn.Module) -> Callable[[], None]:
+    """What puts the model's buffers and history back to what they are now; its parameters stay."""
+    history = history_state_dict(model)
+    buffers = [(m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None]
+
+    @torch.no_grad()
+    def rewind() -> None:
+        load_history_state_dict(model, history)
+        for module, key, buffer, kept in buffers:  # a buffer may have been replaced
+            module._buffers[key] = buffer.copy_(kept)
+
+    return rewind
 
 
 def target_of(batch: Any) -> Any:
@@ -270,13 +308,15 @@ def _builder(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
         raise AnybatchError(f"{_CALL}: the model is a {type(make).__name__}; give a module, or a function that builds")
 
     def build() -> nn.Module:
-        with random_states_kept(nn.Module()):
+        with random_states_kept():
             _seed(0)
             model = make()
         if not isinstance(model, nn.Module):
             raise AnybatchError(f"{_CALL}: the function built a {type(model).__name__}; it must return a module")
         return unwrapped(model)
 
+    if build() is build():
+        raise AnybatchError(f"{_CALL}: the function gives the same module each time; give the module itself")
     return build
 
 

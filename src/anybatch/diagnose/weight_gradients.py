@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from ..core.moments import moments
 from ..errors import AnybatchError
@@ -60,11 +61,13 @@ def measure(subject: Subject, layer: str | None = None, batch: int = 0, bins: in
     maps = maps_of(model)
     if name not in maps:
         raise AnybatchError(f"diagnose: there is no linear map '{name}'; there are {', '.join(list(maps)[:8])}")
-    weight = next((p for p in maps[name].parameters() if p.dim() > 1 and p.requires_grad), None)
-    if weight is None:
-        raise AnybatchError(f"diagnose: the weight of '{name}' is not trained; choose another layer")
-    loss = subject.loss_of(model, subject.batches[batch])
-    g = subject.backward(loss, [weight])[0].double().cpu().flatten()
+    with parametrize.cached():  # of a computed weight, the one that is used
+        weight = maps[name].weight
+        assert isinstance(weight, Tensor)
+        if not weight.requires_grad:
+            raise AnybatchError(f"diagnose: the weight of '{name}' is not trained; choose another layer")
+        loss = subject.loss_of(model, subject.batches[batch])
+        g = subject.backward(loss, [weight])[0].double().cpu().flatten()
     now = moments(g[:, None])
     centred = g - now.mean
     limit = float(g.abs().max())
