@@ -30,7 +30,7 @@ from .watch import norms_of, watching
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SIZES", "BatchNoise", "measure", "panels", "passes", "plot", "said"]
+__all__ = ["SIZES", "BatchNoise", "measure", "panels", "passes", "plot", "said", "table"]
 
 SIZES = (1, 2, 4, 8, 16, 32)
 _DRAWS = 64
@@ -152,6 +152,16 @@ def plot(found: Mapping[str, BatchNoise]) -> "Figure":
     from .figures import draw
 
     return draw(panels(found))
+
+
+def table(at: BatchNoise) -> tuple[list[str], list[list[str]]]:
+    """Head and rows, norm by norm: positions, effective samples, and the noise at each size."""
+    noise = torch.hypot(at.mean_error, at.var_error / 2)
+    rows = [
+        [name, str(int(positions)), f"{float(effective):.3g}", *(f"{100 * float(e):.0f} %" for e in errors)]
+        for name, positions, effective, errors in zip(at.names, at.positions, at.effective, noise, strict=True)
+    ]
+    return ["norm", "positions", "effective samples", *(f"noise at {b}" for b in at.sizes)], rows
 
 
 def said(found: Mapping[str, BatchNoise]) -> str:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from ..convert.eligible import batch_norms
 from ..core.linear_map import LinearMap
 from ..inference.batches import examples_in
+from ..layers.base import NormLayer
 from ..layers.nonorm import NoNorm
 from . import batch_noise
 from .advice import Advice, recommend
 from .experiments import EXPERIMENTS, Experiment, choose
-from .findings import GIVEN, WITHOUT, Finding, judge
+from .findings import GIVEN, WITHOUT, Finding, Situation, judge
 from .subject import Forward, Loss, Passes, Subject
 
 __all__ = ["Diagnosis", "Progress", "diagnose", "plain"]
@@ -183,7 +184,7 @@ def diagnose(
             results[row.name] = found
         for name, why in failed.items():
             left_out[f"{row.name}, {name}" if len(measured) > 1 else row.name] = why
-    findings = judge(results, bool(facts["batches tracked"]), batch)
+    findings = judge(results, Situation(batch, bool(facts["batches tracked"]), bool(facts["torch's own"])))
     noise, history = (results.get(name, {}).get(GIVEN) for name in ("batch-noise", "history-error"))
     advice = None
     if noise is not None:
@@ -209,6 +210,7 @@ def _facts(subject: Subject) -> dict[str, Any]:
         "kinds of norm": ", ".join(dict.fromkeys(type(norm).__name__ for norm in norms.values())),
         "other norms": ", ".join(f"{count} {name}" for name, count in others.items()),
         "batches tracked": max(tracked, default=0),
+        "torch's own": not any(isinstance(norm, NormLayer) for norm in norms.values()),
         "batches": len(subject.batches),
         "examples a batch": examples_in(subject.batches[0]),
     }

@@ -126,7 +126,7 @@ def _by_step(seen: list[Tensor], forwards: int, name: str) -> Tensor:
 def panels(found: Mapping[str, DivergingStep]) -> list[Heat]:
     """A heat map a layer and subject, channels from left to right, the step from top to bottom: log variance."""
     tiles = [
-        Tile(f"{name}: {layer}", along.var[place].clamp_min(1e-30).log10().tolist())
+        Tile(layer, along.var[place].clamp_min(1e-30).log10().tolist(), name)
         for name, along in found.items()
         for place, layer in enumerate(along.names)
     ]

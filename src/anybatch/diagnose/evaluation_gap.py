@@ -34,7 +34,19 @@ from .watch import norms_of, watching
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["TROUBLE", "EvaluationGap", "evaluated", "gap", "measure", "moment_gaps", "panels", "passes", "plot", "said"]
+__all__ = [
+    "TROUBLE",
+    "EvaluationGap",
+    "evaluated",
+    "gap",
+    "measure",
+    "moment_gaps",
+    "panels",
+    "passes",
+    "plot",
+    "said",
+    "table",
+]
 
 TROUBLE = 0.65  # of the mean gap over norms, from which on evaluation is likely to fail
 
@@ -196,6 +208,13 @@ def plot(found: Mapping[str, EvaluationGap]) -> "Figure":
     from .figures import draw
 
     return draw(panels(found))
+
+
+def table(at: EvaluationGap) -> tuple[list[str], list[list[str]]]:
+    """Head and rows, norm by norm."""
+    gaps = torch.stack([at.gap, at.own_gap, at.mean_gap, at.sd_gap], 1)
+    rows = [[name, *(f"{float(g):.2g}" for g in row)] for name, row in zip(at.names, gaps, strict=True)]
+    return ["norm", "gap", "of the norm alone", "of the mean, in deviations", "of the log deviation"], rows
 
 
 def said(found: Mapping[str, EvaluationGap]) -> str:

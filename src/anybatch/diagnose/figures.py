@@ -76,7 +76,8 @@ def _tiles(heat: Heat) -> Figure:
             axes.grid(False)
             axes.set_title(tile.title, loc="left", fontsize=10, color=INK)
             axes.set_xlabel(heat.xlabel if place + columns >= len(tiles) else "", fontsize=10)
-            axes.set_ylabel(heat.ylabel if place % columns == 0 else "", fontsize=10)
+            side = f"{tile.side}\n{heat.ylabel}" if tile.side else heat.ylabel
+            axes.set_ylabel(side if place % columns == 0 else "", fontsize=10)
             axes.tick_params(labelsize=9)
         for axes in grid.flat[len(tiles) :]:
             axes.set_visible(False)

@@ -34,7 +34,7 @@ from .watch import as_channels, linear, norms_of, watching
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["AGES", "KINDS", "HistoryError", "measure", "panels", "passes", "plot", "said"]
+__all__ = ["AGES", "KINDS", "HistoryError", "measure", "panels", "passes", "plot", "said", "table"]
 
 AGES = 8
 KINDS = (
@@ -223,6 +223,13 @@ def plot(found: Mapping[str, HistoryError]) -> "Figure":
     from .figures import draw
 
     return draw(panels(found))
+
+
+def table(at: HistoryError) -> tuple[list[str], list[list[str]]]:
+    """Head and rows, map by map: errors of the variance at the greatest age, and the share of floored channels."""
+    errors = torch.stack([at.var_error[kind][:, -1] for kind in KINDS] + [at.floored[:, -1]], 1)
+    rows = [[name, *(f"{100 * float(e):.3g} %" for e in row)] for name, row in zip(at.names, errors, strict=True)]
+    return [f"map before the norm, after {int(at.ages[-1])} steps", *KINDS, "floored"], rows
 
 
 def said(found: Mapping[str, HistoryError]) -> str:

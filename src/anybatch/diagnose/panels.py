@@ -33,10 +33,11 @@ class Panel:
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile of a heat map: rows of values under a title."""
+    """One tile of a heat map: rows of values under a title, and what the tiles beside it have in common."""
 
     title: str
     rows: Sequence[Sequence[float]]
+    side: str = ""
 
 
 @dataclass(frozen=True)

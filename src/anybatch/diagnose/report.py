@@ -9,6 +9,7 @@ from ..reporting.files import write_atomically
 from ..reporting.page import figure_element, render
 from .experiments import EXPERIMENTS
 from .figures import draw
+from .findings import GIVEN
 
 if TYPE_CHECKING:
     from .diagnosis import Diagnosis
@@ -33,6 +34,7 @@ def write(diagnosis: "Diagnosis", folder: Path, command: str = "") -> Path:
                 figure_element(draw([panel]), prefix=f"{name}-{place}-", scale=_REM_PER_INCH)
                 for place, panel in enumerate(row.module.panels(diagnosis.results[name]))
             ],
+            "table": row.module.table(diagnosis.results[name][GIVEN]) if hasattr(row.module, "table") else None,
             "left_out": {key: why for key, why in diagnosis.left_out.items() if key.startswith(f"{name},")},
         }
         for name, row in EXPERIMENTS.items()

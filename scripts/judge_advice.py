@@ -1,0 +1,142 @@
+"""Holds the advice of `anybatch advise` against runs: in how many settings is the advised method within a point of the best?
+
+Settings are those of docs/results/advice and docs/results/f6k: a network, a learning rate, gradients accumulated or not,
+a batch size. The advice is asked for as a user would, before training, and its method looked up among the runs. CBN
+counts as run, with its usual window, whatever window is advised.
+
+    python scripts/judge_advice.py          prints the table of docs/results/advice.md
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+import torch.nn.functional as F
+
+from anybatch.diagnose import Advice, advise
+from anybatch.lab import networks
+from anybatch.lab.config import RunConfig
+from anybatch.lab.data import Dataset, load
+from anybatch.lab.summary import label
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+# The runs of a protocol, and which of their methods to take from which file: CBN of f6k/runs.jsonl is not today's.
+PROTOCOLS = {
+    "accumulated, rate 0.1": ((RESULTS / "f6k" / "runs.jsonl", False), (RESULTS / "advice" / "accumulate.jsonl", True)),
+    "a step a batch, rate 0.1": ((RESULTS / "advice" / "step.jsonl", None),),
+    "accumulated, rate 0.03": ((RESULTS / "advice" / "rate.jsonl", None),),
+    "accumulated, 33 layers": ((RESULTS / "advice" / "deep.jsonl", None),),
+}
+# What is advised: what the others of f6k/runs.jsonl are compared with in family.md has no part in it.
+ADVISED = ("bn", "gn", "cbn", "accumulated", "renorm", "proxynorm-group")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What came of every method in one setting.
+
+    Attributes:
+        protocol: in words.
+        config: of its runs, the method and the seed apart.
+        points: mean difference to BatchNorm at batch 32, by method as typed.
+        seeds: that there are of each.
+    """
+
+    protocol: str
+    config: RunConfig
+    points: dict[str, float]
+    seeds: int
+
+    @property
+    def best(self) -> str:
+        """The method that came out best."""
+        return max(self.points, key=lambda method: self.points[method])
+
+    def of(self, name: str) -> float:
+        """Points of a method by its name in the table, whatever its options."""
+        return next(points for method, points in self.points.items() if method.partition("(")[0] == name)
+
+
+def settings() -> Iterator[Setting]:
+    """Every setting that there are runs of."""
+    for protocol, files in PROTOCOLS.items():
+        points: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        configs: dict[int, RunConfig] = {}
+        for file, only_cbn in files:
+            if not file.exists():
+                continue
+            runs = [json.loads(line) for line in file.read_text().splitlines()]
+            runs = [run for run in runs if run["accuracy"] is not None]
+            reference = {
+                run["config"]["seed"]: run["accuracy"]
+                for run in runs
+                if (run["config"]["method"], run["config"]["batch"]) == ("bn", 32)
+            }
+            for run in runs:
+                config = RunConfig(**run["config"])
+                is_cbn = config.method == "cbn"
+                if config.method.partition("(")[0] not in ADVISED or only_cbn not in (None, is_cbn):
+                    continue
+                if config.method.startswith("cbn(") or config.seed not in reference:
+                    continue
+                points[config.batch][config.method].append(run["accuracy"] - reference[config.seed])
+                configs[config.batch] = config
+        for batch in sorted(points):
+            rows = points[batch]
+            if len(rows) > 1:
+                seeds = min(len(values) for values in rows.values())
+                yield Setting(protocol, configs[batch], {m: fmean(v) for m, v in rows.items()}, seeds)
+
+
+def advice_for(setting: Setting, dataset: Dataset) -> Advice:
+    """As a user would ask for it."""
+    config = setting.config
+    accumulates = config.mode == "accumulate"
+    images = dataset.normalise(dataset.train_images)
+    loader = list(zip(images.split(32), dataset.train_labels.split(32), strict=True))
+
+    def build() -> torch.nn.Module:
+        return networks.build(config.network, 10, 1)
+
+    return advise(
+        build,
+        loader,
+        F.cross_entropy,
+        config.batch,
+        micro_batches=config.gradient_batch // config.batch if accumulates else 1,
+        folds=False,
+        rate=config.lr if accumulates else config.lr * config.batch / 32,
+    )
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dataset = load("fashion-mnist", 256, 1)
+    print(
+        "| runs | batch | seeds | advised | its points | best | its points | behind |\n|---|---|---|---|---|---|---|---|"
+    )
+    right = total = 0
+    for setting in settings():
+        advice = advice_for(setting, dataset)
+        mine, best = setting.of(advice.method.partition("(")[0]), setting.points[setting.best]
+        total, right = total + 1, right + (best - mine <= 1)
+        cells = [
+            setting.protocol,
+            str(setting.config.batch),
+            str(setting.seeds),
+            label(advice.method),
+            f"{mine:+.1f}",
+            label(setting.best),
+            f"{best:+.1f}",
+            f"{best - mine:.1f}",
+        ]
+        print(f"| {' | '.join(cells)} |".replace("-", "\N{MINUS SIGN}"))
+    print(f"\n{right} of {total} within a point of the best")
+
+
+if __name__ == "__main__":
+    main()
