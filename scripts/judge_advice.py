@@ -1,8 +1,8 @@
-"""Holds the advice of `anybatch advise` against runs: in how many settings is the advised method within a point of the best?
+"""Holds `anybatch advise` against runs: in how many settings is the advised method within a point of the best?
 
-Settings are those of docs/results/advice and docs/results/f6k: a network, a learning rate, gradients accumulated or not,
-a batch size. The advice is asked for as a user would, before training, and its method looked up among the runs. CBN
-counts as run, with its usual window, whatever window is advised.
+Settings are those of docs/results/advice and docs/results/f6k: a network, a learning rate, gradients accumulated or
+not, a batch size. The advice is asked for as a user would, before training, and its method looked up among the runs;
+with the advised window if CBN was run with it, else with its usual one.
 
     python scripts/judge_advice.py          prints the table of docs/results/advice.md
 """
@@ -56,9 +56,12 @@ class Setting:
         """The method that came out best."""
         return max(self.points, key=lambda method: self.points[method])
 
-    def of(self, name: str) -> float:
-        """Points of a method by its name in the table, whatever its options."""
-        return next(points for method, points in self.points.items() if method.partition("(")[0] == name)
+    def of(self, advised: str) -> float:
+        """Points of a method: as it is typed, or with other options if it was run with these alone."""
+        name = advised.partition("(")[0]
+        others = (points for method, points in self.points.items() if method.partition("(")[0] == name)
+        known = next((m for m in (advised, advised.replace("(window=8)", "")) if m in self.points), None)
+        return next(others) if known is None else self.points[known]
 
 
 def settings() -> Iterator[Setting]:
@@ -78,10 +81,10 @@ def settings() -> Iterator[Setting]:
             }
             for run in runs:
                 config = RunConfig(**run["config"])
-                is_cbn = config.method == "cbn"
+                is_cbn = config.method.partition("(")[0] == "cbn"
                 if config.method.partition("(")[0] not in ADVISED or only_cbn not in (None, is_cbn):
                     continue
-                if config.method.startswith("cbn(") or config.seed not in reference:
+                if config.seed not in reference:
                     continue
                 points[config.batch][config.method].append(run["accuracy"] - reference[config.seed])
                 configs[config.batch] = config
@@ -116,13 +119,12 @@ def advice_for(setting: Setting, dataset: Dataset) -> Advice:
 def main() -> None:
     torch.set_num_threads(1)
     dataset = load("fashion-mnist", 256, 1)
-    print(
-        "| runs | batch | seeds | advised | its points | best | its points | behind |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| runs | batch | seeds | advised | its points | best | its points | behind |")
+    print("|---" * 8 + "|")
     right = total = 0
     for setting in settings():
         advice = advice_for(setting, dataset)
-        mine, best = setting.of(advice.method.partition("(")[0]), setting.points[setting.best]
+        mine, best = setting.of(advice.method), setting.points[setting.best]
         total, right = total + 1, right + (best - mine <= 1)
         cells = [
             setting.protocol,

@@ -80,8 +80,8 @@ def _evaluation_gap(at: EvaluationGap, bare: Any, around: Situation) -> Statemen
             "trouble",
             (
                 f"evaluation fails ({losses}, {mended:.3g} after recalibration; outputs of the norms differ by "
-                f"{100 * at.overall:.0f} %): no running average stands for the statistics of {_examples(around.batch)} that "
-                "training normalises by. Train with another method: anybatch advise"
+                f"{100 * at.overall:.0f} %): no running average stands for the statistics of "
+                f"{_examples(around.batch)} that training normalises by. Train with another method: anybatch advise"
             ),
         )
 
