@@ -103,7 +103,7 @@ class Advice:
         plain = "BatchNorm at batch"
         steps = f", {self.micro_batches} batches a step of the optimizer" if self.micro_batches > 1 else ""
         forecast = f"{first.points:+.1f} points against {plain} 32"
-        if self.batch != 32:
+        if self.method != "bn":
             forecast += f", {self.gain:+.1f} against {plain} {self.batch}"
         rest = [f"{c.method} {c.points:+.1f}{'' if c.folds else ' (does not fold)'}" for c in others]
         lines = [
@@ -258,10 +258,11 @@ def _evidence(
     words += f", pooled as advised by {100 * levels['pooled']:.0f} %" if chosen == "cbn" else ""
     words += f", of 32 by {100 * levels['batch 32']:.0f} %" if batch != 32 else ""
     worth, positions = float(noise.effective.median()), int(noise.positions.double().median())
-    lines = [
-        words,
-        f"an example's {positions} positions count for {worth:.2g} independent samples (median of the norms)",
-    ]
+    lines = [words]
+    if positions > 1:
+        lines.append(
+            f"an example's {positions} positions count for {worth:.2g} independent samples (median of the norms)"
+        )
     if history is None:
         return (*lines, f"CBN is left out: {why}")
     naive, carried, drift = (

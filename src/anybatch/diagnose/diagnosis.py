@@ -182,8 +182,10 @@ def diagnose(
         found, failed = row.run(measured, {**defaults.get(row.name, {}), **options.get(row.name, {})})
         if found:
             results[row.name] = found
-        for name, why in failed.items():
-            left_out[f"{row.name}, {name}" if len(measured) > 1 else row.name] = why
+        if len(failed) == len(measured) and len(set(failed.values())) == 1:
+            left_out[row.name] = next(iter(failed.values()))
+        else:
+            left_out |= {f"{row.name}, {name}": why for name, why in failed.items()}
     findings = judge(results, Situation(batch, bool(facts["batches tracked"]), bool(facts["torch's own"])))
     noise, history = (results.get(name, {}).get(GIVEN) for name in ("batch-noise", "history-error"))
     advice = None

@@ -72,13 +72,20 @@ def measure(
     """
     model = subject.copy()
     maps = maps_of(model)
-    names = (layers,) if isinstance(layers, str) else tuple(layers or _default(maps))
+    names = (layers,) if isinstance(layers, str) else tuple(layers or ())
     if unknown := [name for name in names if name not in maps]:
         raise AnybatchError(f"diagnose: there is no linear map '{unknown[0]}'; there are {', '.join(list(maps)[:8])}")
     if step is None:
         step = step_size.measure(subject, batch).smallest_diverging or step_size.GRID[-1]
     rewind = rewinder(model)
-    _, parameters, gradient = step_size.gradient_step(subject, model, batch)
+    ran: dict[str, nn.Module] = {}
+
+    def runs(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        ran[name] = module
+
+    with watching(maps, runs):
+        _, parameters, gradient = step_size.gradient_step(subject, model, batch)
+    names = names or tuple(_default(ran or maps))
     start = [p.detach().clone() for p in parameters]
     means: dict[str, list[Tensor]] = {name: [] for name in names}
     variances: dict[str, list[Tensor]] = {name: [] for name in names}

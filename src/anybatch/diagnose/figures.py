@@ -1,5 +1,6 @@
 """The few kinds of figure that the experiments draw."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,13 +36,18 @@ def _lines(panels: Sequence[Panel]) -> Figure:
 
 
 def _panel(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
-    for name, (x, y) in panel.series.items():
+    def shown(values: Sequence[float], logarithmic: bool) -> list[float]:
+        return [v if v > 0 or not logarithmic else math.nan for v in values]
+
+    series = {name: (shown(x, "x" in panel.log), shown(y, "y" in panel.log)) for name, (x, y) in panel.series.items()}
+    for name, (x, y) in series.items():
         marker = "o" if len(x) <= 40 and not panel.steps else ""
         style = "steps-mid" if panel.steps else "default"
         axes.plot(x, y, color=colours[name], marker=marker, markersize=4, linewidth=1.8, drawstyle=style)
-    if "x" in panel.log:
+    some = [any(math.isfinite(v) for values in series.values() for v in values[axis]) for axis in (0, 1)]
+    if "x" in panel.log and some[0]:
         axes.set_xscale("log")
-    if "y" in panel.log:
+    if "y" in panel.log and some[1]:
         axes.set_yscale("log")
     if panel.level is not None:
         axes.axhline(panel.level, color=MUTED, linestyle=(0, (5, 3)), linewidth=1.2)

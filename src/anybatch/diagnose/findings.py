@@ -9,6 +9,7 @@ from .evaluation_gap import TROUBLE, EvaluationGap
 __all__ = ["GIVEN", "WITHOUT", "Finding", "Situation", "judge"]
 
 GIVEN, WITHOUT = "as given", "without norms"
+_FEWEST = 8  # rows of the output that can be said to be alike
 _MARKS = {"trouble": "!", "well": "+", "note": "-"}
 
 
@@ -65,6 +66,13 @@ def _evaluation_gap(at: EvaluationGap, bare: Any, around: Situation) -> Statemen
     losses = f"loss {evaluation:.3g} in evaluation, {training:.3g} in training"
     if not around.trained:
         yield "note", f"the running statistics have not seen a batch, so evaluation is not the model's yet ({losses})"
+    elif training > 0 and evaluation < 1.25 * training:
+        though = ", though the loss does not show it" if at.overall > TROUBLE else ""
+        level: Literal["well", "note"] = "note" if though else "well"
+        yield (
+            level,
+            f"evaluation does as well as training: outputs of the norms differ by {100 * at.overall:.0f} %{though}",
+        )
     elif at.overall < TROUBLE and evaluation < 1.5 * training:
         yield "well", f"evaluation does what training does: outputs of the norms differ by {100 * at.overall:.0f} %"
     elif mended < 1.25 * training:
@@ -104,11 +112,13 @@ def _step_size(at: Any, bare: Any, around: Situation) -> Statements:
         yield "trouble", "no step along the gradient lowers the loss of its own batch: the gradient is wrong or nothing"
     elif bare is not None and bare.largest_lowering:
         times = at.largest_lowering / bare.largest_lowering
-        yield "note", f"steps that lower the loss may be {times:.3g} times as large as without the norms"
+        if not 0.5 < times < 2:
+            yield "note", f"steps that lower the loss may be {times:.3g} times as large as without the norms"
 
 
 def _depth(at: Any, bare: Any, around: Situation) -> Statements:
-    spread = float(at.var.max() / at.var.min().clamp_min(1e-300))
+    some = at.var[at.var > 0]  # one row of a Linear has none
+    spread = float(some.max() / some.min()) if len(some) else 1.0
     if spread > 1e4:
         yield "trouble", f"the variance of what the layers put out differs by a factor of {spread:.1g} between layers"
 
@@ -122,7 +132,7 @@ def _learning_rate(at: Any, bare: Any, around: Situation) -> Statements:
 
 
 def _logit_gradients(at: Any, bare: Any, around: Situation) -> Statements:
-    if at.common > 0.5:
+    if at.common > 0.5 and len(at.matrix) >= _FEWEST:
         yield "trouble", f"{100 * at.common:.0f} % of the gradient at the output is the same whatever the input"
 
 

@@ -4,7 +4,7 @@
     common = N |E_i[G_i]|^2 / sum_i |G_i|^2        from 0 to 1: the share of G that is the same for every example
 
 Without normalization most examples push the same output up and the same ones down, whatever is in them (Bjorck et al.,
-arXiv 1806.02375, their heat map of gradients at the output). Values of dense outputs (N, K, *) are summed over *.
+arXiv 1806.02375, their heat map of gradients at the output). Of dense outputs (N, K, *) every position is an example.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class LogitGradients:
     """The gradient at the output.
 
     Attributes:
-        matrix: (N, K) G.
+        matrix: (N, K) G, or (N * positions, K).
         common: the share of it that no example changes.
     """
 
@@ -37,7 +37,7 @@ class LogitGradients:
 
 
 def measure(subject: Subject, batch: int = 0) -> LogitGradients:
-    """The gradient of the loss at the model's output (N, K, *), an example a row, summed over *.
+    """The gradient of the loss at the model's output (N, K, *), a row for each example and position.
 
     Args:
         subject: the model, its batches and loss.
@@ -55,7 +55,8 @@ def measure(subject: Subject, batch: int = 0) -> LogitGradients:
             f"this one puts out a {what}; give forward=lambda model, batch: ... that picks it"
         )
     (g,) = subject.backward(subject.judge(z, target_of(subject.batches[batch])), [z])
-    matrix = len(z) * g.double().cpu().unsqueeze(-1).flatten(2).sum(2)
+    rows = g.double().cpu().unsqueeze(-1).flatten(2).movedim(1, 2).flatten(0, 1)
+    matrix = len(rows) * rows
     total = float(matrix.square().sum())
     common = float(len(matrix) * matrix.mean(0).square().sum() / total) if total else float("nan")
     return LogitGradients(matrix, common)
