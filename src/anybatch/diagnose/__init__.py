@@ -3,6 +3,7 @@
 ``ab.diagnose(model, loader, loss)`` runs them all; each is a module of its own: ``ab.diagnose.depth.measure(subject)``.
 """
 
+import inspect
 import sys
 from types import ModuleType
 
@@ -37,3 +38,5 @@ class _Diagnose(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Diagnose
+__signature__ = inspect.signature(diagnose)
+__doc__ = f"{__doc__}\nab.diagnose{__signature__}:\n\n{diagnose.__doc__}"

@@ -4,7 +4,7 @@
 
 Noise is :attr:`BatchNoise.noise` at the batch size that is asked about; our runs (assets/experience.json, made of
 docs/results/f6k by scripts/make_experience.py) have each method at four noises, between which the logarithm of the
-noise is interpolated, and beyond which it is not extrapolated. Of the methods within half a point of the best the
+noise is interpolated, and beyond which it is not extrapolated. Of the methods within a point of the best the
 simplest is advised. CBN's window k is 8, unless another one of 4, 16 and 32 makes the statistics pooled over it much
 better:
 
@@ -26,17 +26,19 @@ from torch import nn
 
 from ..convert.eligible import batch_norms
 from ..errors import AnybatchError
+from ..layers.base import NormLayer
 from ..layers.config import NormConfig
 from ..methods import METHODS, parse_method
 from . import batch_noise, history_error
 from .batch_noise import BatchNoise
 from .history_error import HistoryError
-from .subject import Forward, Loss, Subject
+from .learning_rate import accuracy
+from .subject import Forward, Loss, Subject, target_of
 
-__all__ = ["REFERENCE", "Advice", "Candidate", "advise", "recommend"]
+__all__ = ["REFERENCE", "Advice", "Candidate", "about", "advise", "recommend"]
 
 REFERENCE = 64  # examples that statistics are measured in, where batches can be joined
-_CLOSE = 0.5  # points within which the simpler method is advised
+_CLOSE = 1.0  # points within which the simpler method is advised: three seeds tell no less apart
 _SIMPLEST_FIRST = ("bn", "accumulated", "renorm", "cbn", "gn", "proxynorm-group")
 _WINDOW = 8
 _WINDOWS = (4, 8, 16, 32)
@@ -69,6 +71,8 @@ class Advice:
         candidates: the advised one first, then by their forecasts.
         noise: of the batch's statistics, and pooled as advised, and of BatchNorm's at batch 32.
         evidence: what was measured, a line each.
+        caution: how far the forecast is to be trusted.
+        converted: the class of norm that the model has instead of torch's BatchNorm; empty if it has that.
     """
 
     batch: int
@@ -76,6 +80,8 @@ class Advice:
     candidates: tuple[Candidate, ...]
     noise: Mapping[str, float]
     evidence: tuple[str, ...]
+    caution: str
+    converted: str = ""
 
     @property
     def method(self) -> str:
@@ -102,23 +108,25 @@ class Advice:
         first, *others = self.candidates
         plain = "BatchNorm at batch"
         steps = f", {self.micro_batches} batches a step of the optimizer" if self.micro_batches > 1 else ""
-        forecast = f"{first.points:+.1f} points against {plain} 32"
+        forecast = f"{_points(first.points)} points against {plain} 32"
         if self.method != "bn":
-            forecast += f", {self.gain:+.1f} against {plain} {self.batch}"
-        rest = [f"{c.method} {c.points:+.1f}{'' if c.folds else ' (does not fold)'}" for c in others]
+            forecast += f", {_points(self.gain)} against {plain} {self.batch}"
+        rest = [f"{c.method} {_points(c.points)}{'' if c.folds else ' (does not fold)'}" for c in others]
         lines = [
             f"At batch {self.batch}{steps}: {self.code}",
             f"forecast: {forecast}",
             *self.evidence,
             f"the others: {', '.join(rest)}",
             f"to do it: {self._how()}",
-            "the forecast is what this noise cost one small network on one data set (docs/results/advice.md)",
+            self.caution,
         ]
         return "\n  ".join(lines)
 
     def _how(self) -> str:
         if self.method == "bn":
-            return "leave BatchNorm as it is"
+            return "ab.revert_(model)" if self.converted else "leave BatchNorm as it is"
+        if self.converted:
+            return f"ab.convert_ the model as it was built, to {self.code}; it has {self.converted} now"
         inputs = ", example_inputs=images" if self.config.needs_example else ""
         attach = "; ab.attach(model, optimizer)" if self.method == "accumulated" else ""
         return f"ab.convert_(model, {self.code}{inputs}){attach}"
@@ -157,15 +165,22 @@ def advise(
         if value < 1:
             raise AnybatchError(f"advise: {name}={value}; give at least 1")
     subject = Subject(model, loader, loss, batches, forward)
-    subject.check()
+    classifier = not math.isnan(accuracy(subject.check(), target_of(subject.batches[0])))
     whole = subject.joined(REFERENCE)
     noise = batch_noise.measure(whole, tuple(sorted({*batch_noise.SIZES, batch_size})))
     try:
         history, why = history_error.measure(whole, rate=rate), ""
     except AnybatchError as error:
         history, why = None, str(error).removeprefix("diagnose: ")
-    channels = [norm.num_features for norm in batch_norms(subject.copy()).values()]
-    return recommend(noise, history, batch_size, micro_batches, folds, channels, why)
+    around = about(subject)
+    return recommend(noise, history, batch_size, micro_batches, folds, why=why, classifier=classifier, **around)
+
+
+def about(subject: Subject) -> dict[str, Any]:
+    """What :func:`recommend` asks of the model: channels of its norms, and what they were converted to."""
+    norms = batch_norms(subject.copy()).values()
+    ours = [type(norm).__name__ for norm in norms if isinstance(norm, NormLayer)]
+    return {"channels": [norm.num_features for norm in norms], "converted": ours[0] if ours else ""}
 
 
 def recommend(
@@ -176,6 +191,8 @@ def recommend(
     folds: bool = True,
     channels: Sequence[int] = (),
     why: str = "",
+    classifier: bool = True,
+    converted: str = "",
 ) -> Advice:
     """The advice that measurements give.
 
@@ -187,6 +204,8 @@ def recommend(
         folds: only what folds.
         channels: of the norms, for the groups of GroupNorm and Proxy Norm.
         why: there is no ``history``.
+        classifier: whether the model is one, as those of the runs were.
+        converted: the class of norm that it has instead of torch's BatchNorm.
     """
     level = noise.noise_at(batch)
     window, pooled = _window(noise, history, batch, micro_batches)
@@ -204,9 +223,18 @@ def recommend(
     order = [chosen, *sorted((name for name in forecast if name != chosen), key=lambda name: -forecast[name])]
     candidates = [Candidate(typed.get(name, name), forecast[name], METHODS[name].foldable) for name in order]
     levels = {"batch": level, "pooled": pooled if chosen == "cbn" else level, "batch 32": noise.noise_at(32)}
-    return Advice(
-        batch, micro_batches, tuple(candidates), levels, _evidence(noise, history, levels, batch, chosen, why)
-    )
+    if not classifier:
+        caution = "the points are of classifiers, and this is none: take the order, not the numbers"
+    elif int(noise.positions.median()) == 1:
+        caution = "the points are of convolutions, and these norms see one value an example: take the order"
+    else:
+        caution = "the points are what this noise cost small networks on one data set (docs/results/advice.md)"
+    evidence = _evidence(noise, history, levels, batch, chosen, why)
+    return Advice(batch, micro_batches, tuple(candidates), levels, evidence, caution, converted)
+
+
+def _points(points: float) -> str:
+    return f"{points:+.1f}" if abs(points) < 5 else f"{points:+.0f}"
 
 
 def forecast_of(name: str, noise: float) -> float:
@@ -261,7 +289,7 @@ def _evidence(
     lines = [words]
     if positions > 1:
         lines.append(
-            f"an example's {positions} positions count for {worth:.2g} independent samples (median of the norms)"
+            f"an example's {positions} positions count for {worth:.3g} independent samples (median of the norms)"
         )
     if history is None:
         return (*lines, f"CBN is left out: {why}")

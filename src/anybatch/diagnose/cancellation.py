@@ -80,7 +80,7 @@ def measure(subject: Subject, batch: int = 0) -> Cancellation:
         return y
 
     with watching(maps, see):
-        loss = subject.loss_of(model, subject.batches[batch])
+        loss = subject.loss_of(model, subject.batch(batch))
     subject.backward(loss, [p for p in model.parameters() if p.requires_grad])
     names = tuple(name for name in maps if name in terms)
     if not names:

@@ -58,13 +58,15 @@ def measure(subject: Subject, batch: int = 0) -> Depth:
 
     def see(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
         now = moments(as_channels(module, y).double())
+        if int(now.size) < 2:
+            return  # one value a channel has no variance
         names.append(name)
         found.append((now.mean.abs().mean().cpu(), now.var.mean().cpu()))
 
     with torch.no_grad(), watching(maps_of(model), see):
-        subject.output(model, subject.batches[batch])
+        subject.output(model, subject.batch(batch))
     if not found:
-        raise AnybatchError("diagnose: no linear map ran as a module, so there is no output to look at")
+        raise AnybatchError("diagnose: no linear map ran as a module and put out more than one value a channel")
     means, variances = (torch.stack(values) for values in zip(*found, strict=True))
     return Depth(tuple(names), means, variances)
 

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from ..convert.eligible import batch_norms
 from ..core.linear_map import LinearMap
+from ..errors import AnybatchError
 from ..inference.batches import examples_in
 from ..layers.base import NormLayer
 from ..layers.nonorm import NoNorm
 from . import batch_noise
-from .advice import Advice, recommend
+from .advice import Advice, about, recommend
 from .experiments import EXPERIMENTS, Experiment, choose
 from .findings import GIVEN, WITHOUT, Finding, Situation, judge
-from .subject import Forward, Loss, Passes, Subject
+from .learning_rate import accuracy
+from .subject import Forward, Loss, Passes, Subject, target_of
 
 __all__ = ["Diagnosis", "Progress", "diagnose", "plain"]
 
@@ -54,7 +56,7 @@ class Diagnosis:
         results: by experiment and subject ("as given", "without norms"), as its ``measure`` returns them.
         left_out: experiments, or subjects in them, that could not be measured, and why.
         notes: what else should be known.
-        passes: that it took.
+        passes: that it took, besides three to look at the model and to estimate the time.
         seconds: likewise.
     """
 
@@ -71,12 +73,18 @@ class Diagnosis:
         lines = [
             f"{self.model['class']}: {self.model['parameters']:,} parameters, {self.model['BatchNorms']} BatchNorms"
         ]
-        lines += [f"  {finding.mark} {finding.text}" for finding in self.findings]
-        lines += [f"  - {note}" for note in self.notes]
-        lines += [f"  - {name}: not measured: {why}" for name, why in self.left_out.items()]
+        lines += [f"  {kind:<8}{text}" for kind, text in self.statements()]
         if self.advice is not None:
             lines += [f"  {line}" for line in str(self.advice).splitlines()]
         return "\n".join(lines)
+
+    def statements(self) -> list[tuple[str, str]]:
+        """Everything worth a line, as (kind, text): findings, what else was measured, notes, what was left out."""
+        told = {finding.experiment for finding in self.findings}
+        lines = [(str(finding.level), finding.text) for finding in self.findings]
+        lines += [("", self.said(name)) for name in self.results if name not in told]
+        lines += [("note", note) for note in self.notes]
+        return lines + [("left out", f"{name}: {why}") for name, why in self.left_out.items()]
 
     def said(self, name: str) -> str:
         """One experiment's results in words."""
@@ -155,9 +163,10 @@ def diagnose(
     """
     started = time.perf_counter()
     chosen, options = choose(experiments), options or {}
-    choose(list(options))
+    if unasked := [row.name for row in choose(list(options)) if row not in chosen]:
+        raise AnybatchError(f"diagnose: there are options for '{unasked[0]}', which is not among the experiments")
     subject = Subject(model, loader, loss, batches, forward)
-    subject.check()
+    classifier = not math.isnan(accuracy(subject.check(), target_of(subject.batches[0])))
     facts, left_out = _facts(subject), {}
     batch = examples_in(subject.batches[0])
     notes = [] if len(subject.batches) == batches else [f"the loader gave {len(subject.batches)} of {batches} batches"]
@@ -176,6 +185,7 @@ def diagnose(
         else:
             planned.append((row, subjects if row.compares else {GIVEN: subject.joined(row.reference)}))
     told = _teller(subject, planned, progress)
+    before = subject.spent
     results: dict[str, Mapping[str, Any]] = {}
     for row, measured in planned:
         told(row.title)
@@ -189,12 +199,11 @@ def diagnose(
     findings = judge(results, Situation(batch, bool(facts["batches tracked"]), bool(facts["torch's own"])))
     noise, history = (results.get(name, {}).get(GIVEN) for name in ("batch-noise", "history-error"))
     advice = None
-    if noise is not None:
-        why = left_out.get("history-error", "the experiment history-error was not asked for")
-        channels = [norm.num_features for norm in batch_norms(subject.copy()).values()]
-        advice = recommend(noise, history, batch, micro_batches, channels=channels, why=why)
+    if noise is not None and (history is not None or "history-error" in left_out):
+        why = left_out.get("history-error", "")
+        advice = recommend(noise, history, batch, micro_batches, why=why, classifier=classifier, **about(subject))
     seconds = time.perf_counter() - started
-    return Diagnosis(facts, findings, advice, results, left_out, tuple(notes), subject.spent, seconds)
+    return Diagnosis(facts, findings, advice, results, left_out, tuple(notes), subject.spent - before, seconds)
 
 
 def _facts(subject: Subject) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def measure(
             for p, origin, g in zip(parameters, start, gradient, strict=True):
                 p.copy_(origin - f * step * g)
             rewind()
-            losses.append(float(subject.loss_of(model, subject.batches[batch])))
+            losses.append(float(subject.loss_of(model, subject.batch(batch))))
     by_name = [tuple(_by_step(seen[name], len(at), name) for name in names) for seen in (means, variances)]
     return DivergingStep(step, at, torch.tensor(losses, dtype=torch.float64), names, *by_name)
 

@@ -1,7 +1,7 @@
 """The table of experiments: everything that enumerates them reads it here.
 
 Adding one is one file with ``measure``, ``passes``, ``plot`` and ``said``, one row here and one section in
-docs/diagnose.md. A file that has ``measure_all`` measures all subjects together.
+docs/diagnose/. A file that has ``measure_all`` measures all subjects together.
 """
 
 import difflib
@@ -134,6 +134,7 @@ def choose(names: Sequence[str] | None) -> list[Experiment]:
     """
     if names is None:
         return list(EXPERIMENTS.values())
+    names = [names] if isinstance(names, str) else names
     for name in names:
         if name not in EXPERIMENTS:
             close = difflib.get_close_matches(name, EXPERIMENTS, cutoff=0.3) or list(EXPERIMENTS)

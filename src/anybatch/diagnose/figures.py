@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..reporting.style import GRID, INK, MUTED, SERIES, STYLE
 from .panels import Heat, Panel
@@ -43,7 +44,10 @@ def _panel(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
     for name, (x, y) in series.items():
         marker = "o" if len(x) <= 40 and not panel.steps else ""
         style = "steps-mid" if panel.steps else "default"
-        axes.plot(x, y, color=colours[name], marker=marker, markersize=4, linewidth=1.8, drawstyle=style)
+        if panel.ticks:  # categories: nothing lies between them
+            axes.plot(x, y, color=colours[name], marker="o", markersize=8, linestyle="")
+        else:
+            axes.plot(x, y, color=colours[name], marker=marker, markersize=4, linewidth=1.8, drawstyle=style)
     some = [any(math.isfinite(v) for values in series.values() for v in values[axis]) for axis in (0, 1)]
     if "x" in panel.log and some[0]:
         axes.set_xscale("log")
@@ -51,8 +55,16 @@ def _panel(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
         axes.set_yscale("log")
     if panel.level is not None:
         axes.axhline(panel.level, color=MUTED, linestyle=(0, (5, 3)), linewidth=1.2)
+    points = sorted({v for x, _ in series.values() for v in x})
     if panel.ticks:
-        axes.set_xticks(range(1, len(panel.ticks) + 1), panel.ticks, rotation=60, ha="right", fontsize=8)
+        axes.set_xticks(range(1, len(panel.ticks) + 1), panel.ticks, fontsize=10)
+        axes.set_xlim(0.5, len(panel.ticks) + 0.5)
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    elif "x" in panel.log and len(points) <= 8 and all(v == int(v) for v in points):
+        axes.set_xticks(points, [str(int(v)) for v in points])
+        axes.minorticks_off()
+    elif "x" not in panel.log and all(v == int(v) for v in points):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(panel.xlabel, fontsize=11)
     axes.set_title(panel.title, loc="left", fontsize=11.5, color=MUTED)
 

@@ -10,7 +10,7 @@ __all__ = ["GIVEN", "WITHOUT", "Finding", "Situation", "judge"]
 
 GIVEN, WITHOUT = "as given", "without norms"
 _FEWEST = 8  # rows of the output that can be said to be alike
-_MARKS = {"trouble": "!", "well": "+", "note": "-"}
+_LEVELS = ("trouble", "well", "note")
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,6 @@ class Finding:
     level: Literal["trouble", "well", "note"]
     experiment: str
     text: str
-
-    @property
-    def mark(self) -> str:
-        """In a list on a terminal."""
-        return _MARKS[self.level]
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,7 @@ def judge(results: Mapping[str, Mapping[str, Any]], situation: Situation) -> tup
         if GIVEN in by_subject and experiment in _RULES:
             rule = _RULES[experiment](by_subject[GIVEN], by_subject.get(WITHOUT), situation)
             found += [Finding(level, experiment, text) for level, text in rule]
-    return tuple(sorted(found, key=lambda finding: list(_MARKS).index(finding.level)))
+    return tuple(sorted(found, key=lambda finding: _LEVELS.index(finding.level)))
 
 
 Statements = Iterator[tuple[Literal["trouble", "well", "note"], str]]

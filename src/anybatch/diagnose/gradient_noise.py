@@ -62,12 +62,14 @@ def measure(subject: Subject, batch: int = 0, examples: int = EXAMPLES) -> Gradi
     """
     model = subject.copy()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    taken = subject.batches[batch]
+    taken = subject.batch(batch)
     output, target = subject.output(model, taken), target_of(taken)
     if not isinstance(output, Tensor) or not output.dim():
         what = "tensor without examples" if isinstance(output, Tensor) else type(output).__name__
         raise AnybatchError(f"diagnose: the noise of gradients needs one output tensor, not a {what}")
     count = min(len(output), examples)
+    if count < 2:
+        raise AnybatchError("diagnose: the noise of gradients needs a batch of at least two examples")
     losses = [subject.judge(output[i : i + 1], _example(target, i)) for i in range(count)]
     mean = subject.backward(torch.stack(losses).mean(), parameters, again=True)
     distances = []

@@ -95,6 +95,8 @@ def measure(subject: Subject, rate: float = 0.1, ages: int = AGES, momentum: flo
     Raises:
         AnybatchError: the model has no BatchNorm, none of them follows a linear map, or the steps diverge.
     """
+    if ages < 1:
+        raise AnybatchError(f"diagnose: ages={ages}; give at least 1")
     model = subject.copy()
     maps = _fed_by(subject, model)
     optimizer = torch.optim.SGD(subject.trained(model), lr=rate, momentum=momentum)

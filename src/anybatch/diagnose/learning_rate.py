@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import AnybatchError
 from ..training import attach
 from .panels import Panel
 from .step_size import DIVERGED
@@ -93,6 +94,8 @@ def measure(
         test: batches to evaluate on at the end.
     """
     rates = sorted(rates)
+    if not rates or rates[0] < 0 or steps < 1:
+        raise AnybatchError(f"diagnose: rates={rates}, steps={steps}; give rates from zero on, and a step")
     runs = [_train(subject, rate, steps, momentum, test) for rate in rates]
     columns = (torch.tensor(list(column), dtype=torch.float64) for column in zip(*runs, strict=True))
     return LearningRates(torch.tensor(rates, dtype=torch.float64), *columns)

@@ -47,14 +47,14 @@ def measure(subject: Subject, batch: int = 0) -> LogitGradients:
         AnybatchError: the output is no tensor of (N, K, *).
     """
     model = subject.copy()
-    z = subject.output(model, subject.batches[batch])
+    z = subject.output(model, subject.batch(batch))
     if not isinstance(z, Tensor) or z.dim() < 2:
         what = f"tensor of shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
         raise AnybatchError(
             f"diagnose: the gradient at the output needs a model that puts out a tensor (examples, classes, *), and "
             f"this one puts out a {what}; give forward=lambda model, batch: ... that picks it"
         )
-    (g,) = subject.backward(subject.judge(z, target_of(subject.batches[batch])), [z])
+    (g,) = subject.backward(subject.judge(z, target_of(subject.batch(batch))), [z])
     rows = g.double().cpu().unsqueeze(-1).flatten(2).movedim(1, 2).flatten(0, 1)
     matrix = len(rows) * rows
     total = float(matrix.square().sum())

@@ -77,10 +77,14 @@ class Monitor:
     ) -> None:
         if every < 1:
             raise AnybatchError(f"Monitor: every={every}; give at least 1")
+        if log is not None and not callable(log) and not isinstance(log, _Writer):
+            raise AnybatchError(
+                f"Monitor: log is a {type(log).__name__}; give a function of a dict, or a SummaryWriter"
+            )
         if getattr(model, "_orig_mod", None) is not None or getattr(model, "_compiled_call_impl", None) is not None:
             refuse_wrapped("Monitor", model)
         self._model = unwrapped(model)
-        self._norms = norms_of(self._model)
+        self._norms = norms_of(self._model, "Monitor")
         self._log, self._every, self._warn, self._prefix = log, every, warn, prefix
         self.forwards = 0
         self.last: dict[str, float] = {}

@@ -56,7 +56,7 @@ class StepSizes:
 def gradient_step(subject: Subject, model: nn.Module, batch: int) -> tuple[float, list[nn.Parameter], list[Tensor]]:
     """The loss, the parameters that are trained, and the gradient at them; one forward and one backward."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    loss = subject.loss_of(model, subject.batches[batch])
+    loss = subject.loss_of(model, subject.batch(batch))
     return float(loss.detach()), parameters, subject.backward(loss, parameters)
 
 
@@ -75,13 +75,15 @@ def measure(subject: Subject, batch: int = 0, steps: Sequence[float] = GRID) -> 
         raise AnybatchError(f"diagnose: the loss is {loss:g}, of which a ratio says nothing; give one above zero")
     start = [p.detach().clone() for p in parameters]
     steps = sorted(steps)
+    if not steps or steps[0] < 0:
+        raise AnybatchError(f"diagnose: steps={steps}; give sizes of at least zero")
     losses = []
     with torch.no_grad():
         for a in steps:
             for p, at, g in zip(parameters, start, gradient, strict=True):
                 p.copy_(at - a * g)
             rewind()
-            losses.append(float(subject.loss_of(model, subject.batches[batch])))
+            losses.append(float(subject.loss_of(model, subject.batch(batch))))
     ratio = torch.tensor(losses, dtype=torch.float64) / loss
     return StepSizes(torch.tensor(steps, dtype=torch.float64), ratio.nan_to_num(nan=torch.inf, neginf=torch.inf), loss)
 

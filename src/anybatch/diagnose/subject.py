@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..convert import convert_
@@ -39,6 +40,9 @@ class Passes:
 
     def __add__(self, other: "Passes") -> "Passes":
         return Passes(self.forward + other.forward, self.backward + other.backward)
+
+    def __sub__(self, other: "Passes") -> "Passes":
+        return Passes(self.forward - other.forward, self.backward - other.backward)
 
     @property
     def cost(self) -> int:
@@ -93,6 +97,8 @@ class Subject:
         self.loss, self.forward = loss, forward
         self.meter = Meter()
         sample = self.copy()
+        if any(is_lazy(t) for t in [*sample.parameters(), *sample.buffers()]):
+            raise AnybatchError(f"{_CALL}: the model has uninitialised lazy modules: run one forward of it first")
         self._device = next((t.device for t in [*sample.parameters(), *sample.buffers()]), torch.device("cpu"))
         try:
             with random_states_kept():
@@ -173,6 +179,16 @@ class Subject:
         except AnybatchError:
             return self
 
+    def batch(self, number: int) -> Any:
+        """One of the batches.
+
+        Raises:
+            AnybatchError: there are not so many.
+        """
+        if not 0 <= number < len(self.batches):
+            raise AnybatchError(f"{_CALL}: there is no batch {number}; there are {len(self.batches)}, from 0 on")
+        return self.batches[number]
+
     def example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What one forward of the model is called with."""
         model, calls = self.copy(), []
@@ -230,13 +246,18 @@ class Subject:
     def backward(self, loss: Tensor, of: Sequence[Tensor], again: bool = False) -> list[Tensor]:
         """One backward pass: the gradient of ``loss`` at each of ``of``, zeros where there is none."""
         if not loss.requires_grad:
-            raise AnybatchError(f"{_CALL}: the loss does not depend on any parameter that is trained; check the loss")
+            raise AnybatchError(
+                f"{_CALL}: the loss does not depend on any parameter that is trained (requires_grad); check both"
+            )
         grads = torch.autograd.grad(loss, of, retain_graph=again, allow_unused=True)
         self.meter.count(Passes(backward=1))
         return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, of, strict=True)]
 
-    def check(self) -> None:
+    def check(self) -> Any:
         """Refuse what cannot be measured.
+
+        Returns:
+            What the model puts out for the first batch.
 
         Raises:
             AnybatchError: the model or loss raises on the first batch, or the loss is not a finite number there; it
@@ -246,10 +267,12 @@ class Subject:
         if any(t.is_floating_point() and not t.isfinite().all() for t in tree_leaves(batch) if isinstance(t, Tensor)):
             raise AnybatchError(f"{_CALL}: the first batch holds values that are not finite; check the data")
         with torch.no_grad(), first_not_finite(model) as culprit:
-            loss = self.loss_of(model, batch)
+            output = self.output(model, batch)
+            loss = self.judge(output, target_of(batch))
         if not loss.isfinite():
             where = culprit[0] if culprit else "no module's output, so the loss function itself"
             raise AnybatchError(f"{_CALL}: the loss of the first batch is {float(loss)}; first not finite: {where}")
+        return output
 
     @contextmanager
     def _same_draws(self, seed: int) -> Iterator[None]:

@@ -30,7 +30,7 @@ def maps_of(model: nn.Module) -> dict[str, nn.Module]:
     return maps
 
 
-def norms_of(model: nn.Module) -> dict[str, _BatchNorm]:
+def norms_of(model: nn.Module, call: str = "diagnose") -> dict[str, _BatchNorm]:
     """The norms of BatchNorm's family by name.
 
     Raises:
@@ -40,7 +40,7 @@ def norms_of(model: nn.Module) -> dict[str, _BatchNorm]:
     if not norms:
         kinds = {type(m).__name__ for m in model.modules() if "norm" in type(m).__name__.lower()}
         raise AnybatchError(
-            "diagnose: the model has no BatchNorm, so no batch statistics to look at; it has "
+            f"{call}: the model has no BatchNorm, so no batch statistics to look at; it has "
             f"{', '.join(sorted(kinds)) or 'no norm of any kind'}"
         )
     return norms

@@ -57,7 +57,7 @@ def measure(subject: Subject, layer: str | None = None, batch: int = 0, bins: in
         bins: of the histogram.
     """
     model = subject.copy()
-    name = layer or middle(model)
+    name = middle(model) if layer is None else layer
     maps = maps_of(model)
     if name not in maps:
         raise AnybatchError(f"diagnose: there is no linear map '{name}'; there are {', '.join(list(maps)[:8])}")
@@ -66,7 +66,7 @@ def measure(subject: Subject, layer: str | None = None, batch: int = 0, bins: in
         assert isinstance(weight, Tensor)
         if not weight.requires_grad:
             raise AnybatchError(f"diagnose: the weight of '{name}' is not trained; choose another layer")
-        loss = subject.loss_of(model, subject.batches[batch])
+        loss = subject.loss_of(model, subject.batch(batch))
         g = subject.backward(loss, [weight])[0].double().cpu().flatten()
     now = moments(g[:, None])
     centred = g - now.mean

@@ -31,7 +31,7 @@ from anybatch.reporting.page import duration
 __all__ = ["Case", "run_advice", "run_diagnosis"]
 
 _TEST_IMAGES = 512
-_COLOURS = {"trouble": "bold red", "well": "green", "note": "default"}
+_COLOURS = {"trouble": "bold red", "well": "green"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,12 @@ class Case:
         dataset = load(self.data, None, None, self.image_size)
         if self.model is None:
             return build_model(RunConfig(self.method, network=self.network, device=self.device), dataset), dataset
-        model = imported(self.model)()
+        try:
+            model = imported(self.model)()
+        except AnybatchError:
+            raise
+        except Exception as error:
+            raise AnybatchError(f"--model {self.model}: it raised {type(error).__name__}: {error}") from error
         if not isinstance(model, nn.Module):
             raise AnybatchError(f"--model {self.model}: it built a {type(model).__name__}; let it return a module")
         example = dataset.normalise(dataset.train_images[:2])
@@ -196,11 +201,8 @@ def _print(found: Diagnosis, console: Console) -> None:
     facts = found.model
     head = f"{facts['class']}: {facts['parameters']:,} parameters, {facts['BatchNorms']} BatchNorms"
     console.print(f"[bold]{escape(head)}[/]", soft_wrap=True)
-    for finding in found.findings:
-        colour = _COLOURS[finding.level]
-        console.print(f"  [{colour}]{finding.mark}[/] {escape(finding.text)}", soft_wrap=True)
-    for line in [*found.notes, *(f"{name}: not measured: {why}" for name, why in found.left_out.items())]:
-        console.print(f"  - {escape(line)}", soft_wrap=True)
+    for kind, text in found.statements():
+        console.print(f"  [{_COLOURS.get(kind, 'dim')}]{kind:<8}[/] {escape(text)}", soft_wrap=True)
     if found.advice is not None:
         console.print(f"\n{escape(str(found.advice))}", soft_wrap=True)
 
