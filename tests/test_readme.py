@@ -21,11 +21,14 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize("code", BLOCKS)
-def test_code_runs(code: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_code_runs(
+    code: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With what a reader brings along: a model, images, a loader, a loss, an optimizer."""
     torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
-    loader = [(torch.randn(2, 3, 8, 8), torch.randint(5, (2,))) for _ in range(3)]
+    loader = [(torch.randn(2, 3, 8, 8), torch.randint(5, (2,))) for _ in range(5)]
     names = {
         "model": model,
         "images": loader[0][0],

@@ -13,15 +13,12 @@ better:
 One network on one data set is what experience there is: the noise is yours, the points are a forecast.
 """
 
-import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..convert.eligible import batch_norms
@@ -31,6 +28,7 @@ from ..layers.config import NormConfig
 from ..methods import METHODS, parse_method
 from . import batch_noise, history_error
 from .batch_noise import BatchNoise
+from .experience import forecast_of
 from .history_error import HistoryError
 from .learning_rate import accuracy
 from .subject import Forward, Loss, Subject, target_of
@@ -102,16 +100,18 @@ class Advice:
     @property
     def code(self) -> str:
         """The advised config, as one writes it."""
-        return f"ab.{type(self.config).__name__}({self.method.partition('(')[2].rstrip(')')})"
+        name, _, typed = self.method.partition("(")
+        fixed = [f"{key}={value!r}" for key, value in getattr(METHODS[name].make, "keywords", {}).items()]
+        return f"ab.{type(self.config).__name__}({', '.join([*fixed, *filter(None, [typed.rstrip(')')])])})"
 
     def __str__(self) -> str:
         first, *others = self.candidates
         plain = "BatchNorm at batch"
         steps = f", {self.micro_batches} batches a step of the optimizer" if self.micro_batches > 1 else ""
-        forecast = f"{_points(first.points)} points against {plain} 32"
-        if self.method != "bn":
-            forecast += f", {_points(self.gain)} against {plain} {self.batch}"
-        rest = [f"{c.method} {_points(c.points)}{'' if c.folds else ' (does not fold)'}" for c in others]
+        forecast = f"{first.points:+.1f} points against {plain} 32"
+        if self.batch != 32:
+            forecast += f", {self.gain:+.1f} against {plain} {self.batch}"
+        rest = [f"{c.method} {c.points:+.1f}{'' if c.folds else ' (does not fold)'}" for c in others]
         lines = [
             f"At batch {self.batch}{steps}: {self.code}",
             f"forecast: {forecast}",
@@ -132,6 +132,7 @@ class Advice:
         return f"ab.convert_(model, {self.code}{inputs}){attach}"
 
 
+@torch.enable_grad()
 def advise(
     model: nn.Module | Callable[[], nn.Module],
     loader: Iterable[Any],
@@ -231,32 +232,6 @@ def recommend(
         caution = "the points are what this noise cost small networks on one data set (docs/results/advice.md)"
     evidence = _evidence(noise, history, levels, batch, chosen, why)
     return Advice(batch, micro_batches, tuple(candidates), levels, evidence, caution, converted)
-
-
-def _points(points: float) -> str:
-    return f"{points:+.1f}" if abs(points) < 5 else f"{points:+.0f}"
-
-
-def forecast_of(name: str, noise: float) -> float:
-    """Points of a method against BatchNorm at batch 32, at a noise, by interpolation of our runs."""
-    known = _experience()
-    levels: dict[str, float] = known["noise"]
-    points: dict[str, float] = known["points"][name]
-    pairs = sorted((math.log(levels[batch]), points[batch]) for batch in levels)
-    x = math.log(max(noise, 1e-9))
-    if x <= pairs[0][0]:
-        return pairs[0][1]
-    for (x0, y0), (x1, y1) in itertools.pairwise(pairs):
-        if x <= x1:
-            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    return pairs[-1][1]
-
-
-@cache
-def _experience() -> dict[str, Any]:
-    asset = resources.files("anybatch.diagnose") / "assets" / "experience.json"
-    known: dict[str, Any] = json.loads(asset.read_text(encoding="utf-8"))
-    return known
 
 
 def _window(noise: BatchNoise, history: HistoryError | None, batch: int, micro_batches: int) -> tuple[int, float]:

@@ -1,6 +1,5 @@
 """All experiments on one model: run, kept together, put into words and numbers."""
 
-import dataclasses
 import math
 import time
 from collections import Counter
@@ -9,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..convert.eligible import batch_norms
 from ..core.linear_map import LinearMap
@@ -17,14 +18,15 @@ from ..errors import AnybatchError
 from ..inference.batches import examples_in
 from ..layers.base import NormLayer
 from ..layers.nonorm import NoNorm
-from . import batch_noise
+from . import batch_noise, learning_rate
 from .advice import Advice, about, recommend
 from .experiments import EXPERIMENTS, Experiment, choose
 from .findings import GIVEN, WITHOUT, Finding, Situation, judge
 from .learning_rate import accuracy
+from .plain import plain
 from .subject import Forward, Loss, Passes, Subject, target_of
 
-__all__ = ["Diagnosis", "Progress", "diagnose", "plain"]
+__all__ = ["Diagnosis", "Progress", "diagnose"]
 
 
 class Progress(NamedTuple):
@@ -117,12 +119,19 @@ class Diagnosis:
 
         Returns:
             The page.
+
+        Raises:
+            AnybatchError: they cannot be written, or a package that they need is not there.
         """
-        from . import report
+        try:
+            from . import report
+        except ImportError as error:
+            raise AnybatchError(f"the page of a diagnosis needs {error.name}: pip install 'anybatch[lab]'") from error
 
         return report.write(self, Path(folder), command)
 
 
+@torch.enable_grad()
 def diagnose(
     model: nn.Module | Callable[[], nn.Module],
     loader: Iterable[Any],
@@ -163,8 +172,7 @@ def diagnose(
     """
     started = time.perf_counter()
     chosen, options = choose(experiments), options or {}
-    if unasked := [row.name for row in choose(list(options)) if row not in chosen]:
-        raise AnybatchError(f"diagnose: there are options for '{unasked[0]}', which is not among the experiments")
+    choose(list(options))
     subject = Subject(model, loader, loss, batches, forward)
     classifier = not math.isnan(accuracy(subject.check(), target_of(subject.batches[0])))
     facts, left_out = _facts(subject), {}
@@ -172,11 +180,15 @@ def diagnose(
     notes = [] if len(subject.batches) == batches else [f"the loader gave {len(subject.batches)} of {batches} batches"]
     subjects = {GIVEN: subject}
     if compare and facts["BatchNorms"]:
-        subjects[WITHOUT] = subject.converted(NoNorm())
+        try:
+            subjects[WITHOUT] = subject.converted(NoNorm())
+        except AnybatchError as error:
+            notes.append(f"not compared with the model without its norms: {str(error).removeprefix('convert_: ')}")
+    tests = subject.placed(test)
     defaults: dict[str, dict[str, Any]] = {
         "batch-noise": {"sizes": tuple(sorted({*batch_noise.SIZES, batch}))},
         "history-error": {"rate": rate},
-        "learning-rate": {"test": subject.placed(test)},
+        "learning-rate": {"test": tests},
     }
     planned: list[tuple[Experiment, dict[str, Subject]]] = []
     for row in chosen:
@@ -184,7 +196,9 @@ def diagnose(
             left_out[row.name] = f"the model has no BatchNorm; it has {facts['other norms'] or 'no norm of any kind'}"
         else:
             planned.append((row, subjects if row.compares else {GIVEN: subject.joined(row.reference)}))
-    told = _teller(subject, planned, progress)
+    trainings = sum(len(measured) for row, measured in planned if row.module is learning_rate)
+    tested = Passes(forward=trainings * len(learning_rate.RATES) * len(tests))
+    told = _teller(subject, planned, tested, progress)
     before = subject.spent
     results: dict[str, Mapping[str, Any]] = {}
     for row, measured in planned:
@@ -192,18 +206,35 @@ def diagnose(
         found, failed = row.run(measured, {**defaults.get(row.name, {}), **options.get(row.name, {})})
         if found:
             results[row.name] = found
-        if len(failed) == len(measured) and len(set(failed.values())) == 1:
+        if not found and len(set(failed.values())) == 1:
             left_out[row.name] = next(iter(failed.values()))
         else:
-            left_out |= {f"{row.name}, {name}": why for name, why in failed.items()}
-    findings = judge(results, Situation(batch, bool(facts["batches tracked"]), bool(facts["torch's own"])))
+            left_out |= {f"{row.name}, {name}" if len(measured) > 1 else row.name: why for name, why in failed.items()}
+    findings = judge(results, Situation(batch, _trained(subject), bool(facts["torch's own"])))
     noise, history = (results.get(name, {}).get(GIVEN) for name in ("batch-noise", "history-error"))
     advice = None
-    if noise is not None and (history is not None or "history-error" in left_out):
+    if noise is not None and not {batch, 8, 32} <= set(noise.sizes):
+        notes.append(f"no advice: that takes batch-noise at sizes {batch}, 8 and 32")
+    elif noise is not None and (history is not None or "history-error" in left_out):
         why = left_out.get("history-error", "")
         advice = recommend(noise, history, batch, micro_batches, why=why, classifier=classifier, **about(subject))
     seconds = time.perf_counter() - started
     return Diagnosis(facts, findings, advice, results, left_out, tuple(notes), subject.spent - before, seconds)
+
+
+def _trained(subject: Subject) -> bool:
+    """Whether running statistics are something else than at first, where the norms have any."""
+
+    def fresh(norm: _BatchNorm) -> bool:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        if norm.num_batches_tracked is not None and int(norm.num_batches_tracked):
+            return False
+        return not bool(norm.running_mean.any()) and bool((norm.running_var == 1).all())
+
+    norms = [n for n in batch_norms(subject.copy()).values() if n.running_mean is not None]
+    used = [n for n in norms if getattr(n, "uses_running", True)]
+    return not used or not all(fresh(n) for n in used)
 
 
 def _facts(subject: Subject) -> dict[str, Any]:
@@ -228,15 +259,20 @@ def _facts(subject: Subject) -> dict[str, Any]:
 
 
 def _teller(
-    subject: Subject, planned: Sequence[tuple[Experiment, Mapping[str, Subject]]], progress: Callable[[Progress], None]
+    subject: Subject,
+    planned: Sequence[tuple[Experiment, Mapping[str, Subject]]],
+    besides: Passes,
+    progress: Callable[[Progress], None],
 ) -> Callable[[str], None]:
     """Tells what all will cost, by the time of one forward and backward pass; then, given a title, after every pass."""
-    total = sum((row.passes(subjects) for row, subjects in planned), Passes())
-    began = time.perf_counter()
+    total = sum((row.passes(subjects) for row, subjects in planned), besides)
+    began, before = time.perf_counter(), subject.spent.cost
     model = subject.copy()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    subject.backward(subject.loss_of(model, subject.batches[0]), parameters)
-    pace = (time.perf_counter() - began) / Passes(1, 1).cost
+    loss = subject.loss_of(model, subject.batches[0])
+    if loss.requires_grad:
+        subject.backward(loss, parameters)
+    pace = (time.perf_counter() - began) / (subject.spent.cost - before)
     begun, start, title = subject.spent.cost, time.perf_counter(), ""
 
     def tell() -> None:
@@ -252,20 +288,3 @@ def _teller(
     tell()
     subject.meter.listener = tell
     return doing
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses with their properties, tensors and containers as plain values for JSON; not finite is None."""
-    if isinstance(value, Tensor):
-        return plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [field.name for field in dataclasses.fields(value)]
-        properties = [name for name, item in vars(type(value)).items() if isinstance(item, property)]
-        return {name: plain(getattr(value, name)) for name in [*fields, *properties]}
-    return value

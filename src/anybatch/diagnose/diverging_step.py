@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..core.moments import moments
 from ..errors import AnybatchError
 from . import step_size
+from .copies import rewinder
 from .panels import Heat, Tile
-from .subject import Passes, Subject, rewinder
+from .subject import Passes, Subject
 from .watch import as_channels, maps_of, watching
 
 if TYPE_CHECKING:

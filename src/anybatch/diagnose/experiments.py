@@ -132,6 +132,7 @@ def choose(names: Sequence[str] | None) -> list[Experiment]:
     Raises:
         AnybatchError: there is none of a name; the closest are given.
     """
+    names = [names] if isinstance(names, str) else names
     if names is None:
         return list(EXPERIMENTS.values())
     names = [names] if isinstance(names, str) else names

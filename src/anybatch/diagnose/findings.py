@@ -61,16 +61,15 @@ def _evaluation_gap(at: EvaluationGap, bare: Any, around: Situation) -> Statemen
     losses = f"loss {evaluation:.3g} in evaluation, {training:.3g} in training"
     if not around.trained:
         yield "note", f"the running statistics have not seen a batch, so evaluation is not the model's yet ({losses})"
-    elif training > 0 and evaluation < 1.25 * training:
-        though = ", though the loss does not show it" if at.overall > TROUBLE else ""
-        level: Literal["well", "note"] = "note" if though else "well"
-        yield (
-            level,
-            f"evaluation does as well as training: outputs of the norms differ by {100 * at.overall:.0f} %{though}",
-        )
-    elif at.overall < TROUBLE and evaluation < 1.5 * training:
+    elif _within(evaluation, 1.25, training):
+        differ = f"outputs of the norms differ by {100 * at.overall:.0f} %"
+        if at.overall < TROUBLE:
+            yield "well", f"evaluation does what training does: {differ}"
+        else:
+            yield "note", f"{differ} between training and evaluation, though the loss does not show it ({losses})"
+    elif at.overall < TROUBLE and _within(evaluation, 1.5, training):
         yield "well", f"evaluation does what training does: outputs of the norms differ by {100 * at.overall:.0f} %"
-    elif mended < 1.25 * training:
+    elif _within(mended, 1.25, training):
         yield (
             "trouble",
             (
@@ -87,6 +86,11 @@ def _evaluation_gap(at: EvaluationGap, bare: Any, around: Situation) -> Statemen
                 f"{_examples(around.batch)} that training normalises by. Train with another method: anybatch advise"
             ),
         )
+
+
+def _within(loss: float, factor: float, of: float) -> bool:
+    """Whether a loss is at most so many times the other, whatever its sign."""
+    return loss - of <= (factor - 1) * abs(of)
 
 
 def _batch_noise(at: Any, bare: Any, around: Situation) -> Statements:
@@ -112,9 +116,10 @@ def _step_size(at: Any, bare: Any, around: Situation) -> Statements:
 
 
 def _depth(at: Any, bare: Any, around: Situation) -> Statements:
-    some = at.var[at.var > 0]  # one row of a Linear has none
-    spread = float(some.max() / some.min()) if len(some) else 1.0
-    if spread > 1e4:
+    spread = float(at.var.max() / at.var.min().clamp_min(1e-300))
+    if not at.var.min() > 0:
+        yield "trouble", f"'{at.names[int(at.var.argmin())]}' puts out the same for every example and position"
+    elif spread > 1e4:
         yield "trouble", f"the variance of what the layers put out differs by a factor of {spread:.1g} between layers"
 
 

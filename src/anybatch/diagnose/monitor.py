@@ -14,30 +14,33 @@ a copy of the model is recalibrated on the batches of the last observations: onl
 trouble. mean_gap and sd_gap are taken when the batch is in the running statistics already.
 """
 
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from statistics import median
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..convert.eligible import refuse_wrapped
-from ..convert.snapshot import random_states_kept
+from ..convert.eligible import batch_norms
+from ..convert.snapshot import untouched
 from ..errors import AnybatchError
 from ..inference import recalibrate_
 from ..inference.batches import unwrapped
 from . import evaluation_gap
+from .copies import copier
 from .evaluation_gap import TROUBLE, moment_gaps
-from .subject import Subject, copier
+from .subject import Subject
 from .watch import norms_of, watching
 
 __all__ = ["Monitor"]
 
 _SAMPLES = 64  # positions of a norm's output that are compared
+_GOLDEN = 0.6180339887498949  # multiples of it, less their whole part, are spread evenly over 0 to 1
 _KEPT = 10  # observations that a suspicion is based on
 _SUSPICIONS = 2  # before it warns: a method may still be on its way, as Batch Renorm in its ramp
 
@@ -78,13 +81,16 @@ class Monitor:
         if every < 1:
             raise AnybatchError(f"Monitor: every={every}; give at least 1")
         if log is not None and not callable(log) and not isinstance(log, _Writer):
-            raise AnybatchError(
-                f"Monitor: log is a {type(log).__name__}; give a function of a dict, or a SummaryWriter"
-            )
-        if getattr(model, "_orig_mod", None) is not None or getattr(model, "_compiled_call_impl", None) is not None:
-            refuse_wrapped("Monitor", model)
+            raise AnybatchError(f"Monitor: log is a {type(log).__name__}; give a function, or a SummaryWriter")
+        for name, module in model.named_modules():
+            compiled = getattr(module, "_orig_mod", None) or getattr(module, "_compiled_call_impl", None)
+            if compiled is not None and batch_norms(module):
+                what = f"'{name}'" if name else "the model"
+                raise AnybatchError(
+                    f"Monitor: {what} is compiled, and a graph does not call hooks: watch it uncompiled"
+                )
         self._model = unwrapped(model)
-        self._norms = norms_of(self._model, "Monitor")
+        norms_of(self._model, "Monitor")  # refused if there is none
         self._log, self._every, self._warn, self._prefix = log, every, warn, prefix
         self.forwards = 0
         self.last: dict[str, float] = {}
@@ -93,13 +99,14 @@ class Monitor:
         self._next_check = _KEPT
         self._observations = self._suspicions = 0
         self._watching: ExitStack | None = None
-        self._busy = False
         self._evaluated: dict[str, list[Tensor]] = {}
         self._seen: list[Tensor] = []
         self._handles = [
             self._model.register_forward_pre_hook(self._starts, with_kwargs=True),
             self._model.register_forward_hook(self._ends, always_call=True),
         ]
+
+    _busy: ClassVar[bool] = False  # whether a monitor evaluates: for all of them that is no training
 
     def remove(self) -> None:
         """Take every hook off the model."""
@@ -114,43 +121,42 @@ class Monitor:
         self.remove()
 
     def _starts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if model is not self._model or self._busy or not model.training or not torch.is_grad_enabled():
+        if model is not self._model or Monitor._busy:
+            return
+        self._stop()  # what a forward that was interrupted left
+        if not model.training or not torch.is_grad_enabled():
             return
         self.forwards += 1
         if self.forwards % self._every:
             return
-        self._stop()
         try:
-            self._evaluate(args, kwargs)
+            self._evaluate(*_cloned((args, kwargs)))
         except Exception as error:  # the model's own, in a mode it was not asked for
-            warnings.warn(
-                f"anybatch.Monitor stops: in evaluation mode the model raised {type(error).__name__}: {error}",
-                stacklevel=3,
-            )
+            _warn(f"anybatch.Monitor stops: in evaluation mode the model raised {type(error).__name__}: {error}")
             self.remove()
             return
-        self._calls.append(tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs)))
+        if self._warn:
+            self._calls.append(_cloned((args, kwargs)))
         self._watching = ExitStack()
-        self._watching.enter_context(watching(dict(self._norms), self._compare))
+        self._watching.enter_context(watching(dict(batch_norms(self._model)), self._compare))
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         def see(name: str, norm: nn.Module, x: Tensor, y: Tensor) -> None:
             self._evaluated.setdefault(name, []).append(_sampled(y))
 
-        modes = [(module, module.training) for module in self._model.modules()]
-        self._evaluated, self._busy = {}, True
+        self._evaluated, Monitor._busy = {}, True
         try:
-            with torch.no_grad(), random_states_kept(), watching(dict(self._norms), see):
-                for module, _ in modes:
+            with untouched(self._model), watching(dict(batch_norms(self._model)), see):
+                for module in self._model.modules():
                     module.training = False
                 self._model(*args, **kwargs)
         finally:
-            for module, training in modes:
-                module.training = training
-            self._busy = False
+            Monitor._busy = False
 
     @torch.no_grad()
     def _compare(self, name: str, norm: nn.Module, x: Tensor, y: Tensor) -> None:
+        if Monitor._busy:
+            return
         evaluated = self._evaluated.get(name)
         now = _sampled(y)
         if evaluated and evaluated[0].shape == now.shape and len(now) > 1:
@@ -158,11 +164,11 @@ class Monitor:
             self._seen.append(torch.stack([of_output, *moment_gaps(norm, x)]))
 
     def _ends(self, model: nn.Module, args: Any, output: Any) -> None:
-        if model is not self._model or self._busy or self._watching is None:
+        if model is not self._model or Monitor._busy or self._watching is None:
             return
+        seen = self._seen
         self._stop()
-        seen, self._seen = self._seen, []
-        if not seen:
+        if not seen or output is None:  # None: it raised
             return
         together = torch.stack(seen)
         of_output = together[:, 0]
@@ -194,12 +200,12 @@ class Monitor:
             return
         self._warn = False
         mended = "" if left is None else f", {100 * left:.0f} % after recalibration"
-        warnings.warn(
+        _warn(
             f"anybatch.Monitor: after {self.forwards} training forwards the norms put out something else in evaluation "
             f"than in training (by {100 * median(self._gaps):.0f} %{mended}): accuracy will collapse in evaluation. "
-            "Their batches are too small for running statistics; train with ab.CBN() or what `anybatch advise` says",
-            stacklevel=4,
+            "Their batches are too small for running statistics; train with ab.CBN() or what `anybatch advise` says"
         )
+        self._calls.clear()
 
     def _recalibrated(self) -> float | None:
         """The gap of a recalibrated copy on the last observations' batches; None where there can be none."""
@@ -208,13 +214,14 @@ class Monitor:
             twin = copier(self._model)()
             recalibrate_(twin, calls, forward=_run, sync=False)
             return evaluation_gap.measure(Subject(twin, calls, _no_loss, len(calls), forward=_run)).overall
-        except AnybatchError:
+        except Exception:  # it is to watch the training, not to end it: there may be no memory for a copy
             return None
 
     def _stop(self) -> None:
         if self._watching is not None:
             self._watching.close()
             self._watching = None
+        self._seen = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Monitor":
         """A copy of the model keeps the hooks of this one, which watches the original alone."""
@@ -232,15 +239,31 @@ class _Nobody:
 
 
 def _sampled(y: Tensor) -> Tensor:
-    """(N, C, *) at up to 64 positions of the batch, evenly spread: (S, C)."""
+    """(N, C, *) at up to 64 positions of the batch, spread over examples and places: (S, C)."""
     y = y.detach().flatten(2) if y.dim() > 2 else y.detach().unsqueeze(2)
-    rows, positions = y.shape[0] * y.shape[2], y.shape[2]
-    at = torch.arange(0, rows, max(1, -(-rows // _SAMPLES)), device=y.device)
-    return y[at // positions, :, at % positions]
+    examples, positions = y.shape[0], y.shape[2]
+    at = torch.arange(min(examples * positions, _SAMPLES), device=y.device)
+    if examples * positions <= _SAMPLES:
+        return y[at // positions, :, at % positions]
+    return y[at * examples // _SAMPLES, :, (at * _GOLDEN % 1 * positions).long()]
+
+
+def _cloned(call: Any) -> Any:
+    """The same arguments, for a model to do anything with."""
+    return tree_map_only(Tensor, lambda t: t.detach().clone(), call)
+
+
+def _warn(message: str) -> None:
+    """A warning of the line that called the model, behind this file and torch's."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("anybatch", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def _run(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-    return model(*call[0], **call[1])
+    args, kwargs = _cloned(call)
+    return model(*args, **kwargs)
 
 
 def _no_loss(output: Any, target: Any) -> Tensor:

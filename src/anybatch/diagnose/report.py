@@ -14,7 +14,7 @@ from .findings import GIVEN
 if TYPE_CHECKING:
     from .diagnosis import Diagnosis
 
-__all__ = ["NUMBERS", "REPORT", "write"]
+__all__ = ["NUMBERS", "REPORT", "make_folder", "write"]
 
 _REM_PER_INCH = 4.95  # two panels side by side fill the page
 REPORT, NUMBERS = "report.html", "diagnosis.json"
@@ -40,7 +40,7 @@ def write(diagnosis: "Diagnosis", folder: Path, command: str = "") -> Path:
         for name, row in EXPERIMENTS.items()
         if name in diagnosis.results
     ]
-    missing = {name: why for name, why in diagnosis.left_out.items() if name in EXPERIMENTS}
+    missing = {key: why for key, why in diagnosis.left_out.items() if key.partition(", ")[0] not in diagnosis.results}
     page = render(
         "anybatch.diagnose",
         "diagnosis.html.j2",
@@ -50,12 +50,27 @@ def write(diagnosis: "Diagnosis", folder: Path, command: str = "") -> Path:
         command=command,
     )
     numbers = json.dumps(diagnosis.numbers(), indent=1, allow_nan=False)
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / NUMBERS, (numbers + "\n").encode())
         write_atomically(folder / REPORT, page.encode())
     except OSError as error:
-        raise AnybatchError(
-            f"the diagnosis cannot be written to {folder} ({error.strerror or error}): mend it or name another folder"
-        ) from error
+        raise _unwritable(folder, error) from error
     return folder / REPORT
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder if it is not there.
+
+    Raises:
+        AnybatchError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> AnybatchError:
+    why = error.strerror or error
+    return AnybatchError(f"the diagnosis cannot be written to {folder} ({why}): mend it or name another folder")

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AnybatchError
+from .copies import rewinder
 from .panels import Panel
-from .subject import Passes, Subject, rewinder
+from .subject import Passes, Subject
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,8 +2,6 @@
 
 import copy
 import itertools
-import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,17 +16,16 @@ from ..convert import convert_
 from ..convert.eligible import batch_norms
 from ..convert.snapshot import random_states_kept
 from ..errors import AnybatchError
-from ..inference.batches import check_loader, examples_in, run_on, unwrapped
+from ..inference.batches import check_loader, examples_in, run_on
 from ..layers.config import NormConfig
 from ..layers.nonorm import NoNorm
-from ..training import history_state_dict, load_history_state_dict
+from .copies import CALL, builder, copier, seed_all
 from .watch import first_not_finite
 
-__all__ = ["Forward", "Loss", "Meter", "Passes", "Subject", "copier", "rewinder", "target_of"]
+__all__ = ["Forward", "Loss", "Meter", "Passes", "Subject", "target_of"]
 
 Forward = Callable[[nn.Module, Any], Any]
 Loss = Callable[[Any, Any], Tensor]
-_CALL = "diagnose"
 
 
 @dataclass(frozen=True)
@@ -88,25 +85,27 @@ class Subject:
         batches: int = 8,
         forward: Forward | None = None,
     ) -> None:
-        check_loader(_CALL, loader)
+        check_loader(CALL, loader)
         if batches < 1:
-            raise AnybatchError(f"{_CALL}: batches={batches}; give at least 1")
+            raise AnybatchError(f"{CALL}: batches={batches}; give at least 1")
         if not callable(loss):
-            raise AnybatchError(f"{_CALL}: the loss is a {type(loss).__name__}; give a function of (output, target)")
-        self._build = copier(model) if isinstance(model, nn.Module) else _builder(model)
+            raise AnybatchError(f"{CALL}: the loss is a {type(loss).__name__}; give a function of (output, target)")
+        if forward is not None and not callable(forward):
+            raise AnybatchError(f"{CALL}: forward is a {type(forward).__name__}; give a function of (model, batch)")
+        self._build = copier(model) if isinstance(model, nn.Module) else builder(model)
         self.loss, self.forward = loss, forward
         self.meter = Meter()
         sample = self.copy()
         if any(is_lazy(t) for t in [*sample.parameters(), *sample.buffers()]):
-            raise AnybatchError(f"{_CALL}: the model has uninitialised lazy modules: run one forward of it first")
+            raise AnybatchError(f"{CALL}: the model has uninitialised lazy modules: run one forward of it first")
         self._device = next((t.device for t in [*sample.parameters(), *sample.buffers()]), torch.device("cpu"))
         try:
             with random_states_kept():
                 taken = list(itertools.islice(loader, batches))
         except Exception as error:
-            raise AnybatchError(f"{_CALL}: the loader raised {type(error).__name__}: {error}; check it") from error
+            raise AnybatchError(f"{CALL}: the loader raised {type(error).__name__}: {error}; check it") from error
         if not taken:
-            raise AnybatchError(f"{_CALL}: the loader gave no batch; check it, or give a list of batches")
+            raise AnybatchError(f"{CALL}: the loader gave no batch; check it, or give a list of batches")
         self.batches = self.placed(taken)
 
     def placed(self, batches: Iterable[Any]) -> tuple[Any, ...]:
@@ -157,15 +156,15 @@ class Subject:
             parts = [torch.cat(leaves) for leaves in zip(*(_leaves(batch) for batch in self.batches), strict=True)]
         except (TypeError, ValueError, RuntimeError) as error:
             raise AnybatchError(
-                f"{_CALL}: batches of {size} cannot be made of the loader's ({error}); give a loader of such batches"
+                f"{CALL}: batches of {size} cannot be made of the loader's ({error}); give a loader of such batches"
             ) from error
         count = len(parts[0])
         if size < 1 or any(len(part) != count for part in parts):
             raise AnybatchError(
-                f"{_CALL}: batches of {size} cannot be made of tensors of {[len(part) for part in parts]} entries"
+                f"{CALL}: batches of {size} cannot be made of tensors of {[len(part) for part in parts]} entries"
             )
         if count < size:
-            raise AnybatchError(f"{_CALL}: {count} examples make no batch of {size}; keep more batches")
+            raise AnybatchError(f"{CALL}: {count} examples make no batch of {size}; keep more batches")
         chunks = zip(*(torch.split(part, size) for part in parts), strict=True)
         whole = [chunk for chunk in chunks if len(chunk[0]) == size]
         return self.derived(batches=[chunk[0] if isinstance(self.batches[0], Tensor) else chunk for chunk in whole])
@@ -186,7 +185,7 @@ class Subject:
             AnybatchError: there are not so many.
         """
         if not 0 <= number < len(self.batches):
-            raise AnybatchError(f"{_CALL}: there is no batch {number}; there are {len(self.batches)}, from 0 on")
+            raise AnybatchError(f"{CALL}: there is no batch {number}; there are {len(self.batches)}, from 0 on")
         return self.batches[number]
 
     def example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -196,7 +195,7 @@ class Subject:
         with torch.no_grad():
             self.output(model, self.batches[0])
         if not calls:
-            raise AnybatchError(f"{_CALL}: the forward did not call the model itself, only parts of it")
+            raise AnybatchError(f"{CALL}: the forward did not call the model itself, only parts of it")
         args, kwargs = calls[0]
         return args, kwargs
 
@@ -206,11 +205,11 @@ class Subject:
             # A clone: a model may change its input in place.
             own = tree_map_only(Tensor, Tensor.clone, batch)
             try:
-                output = run_on(_CALL, model, own, self.forward)
+                output = run_on(CALL, model, own, self.forward)
             except AnybatchError:
                 raise
             except Exception as error:
-                raise AnybatchError(f"{_CALL}: the forward raised {type(error).__name__}: {error}") from error
+                raise AnybatchError(f"{CALL}: the forward raised {type(error).__name__}: {error}") from error
         self.meter.count(Passes(forward=1))
         return output
 
@@ -228,26 +227,26 @@ class Subject:
             loss = self.loss(output, target)
         except Exception as error:
             raise AnybatchError(
-                f"{_CALL}: the loss raised {type(error).__name__}: {error}. It is called with what the model returned "
+                f"{CALL}: the loss raised {type(error).__name__}: {error}. It is called with what the model returned "
                 "and the second item of the batch (the batch itself, if it is no tuple or list)"
             ) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise AnybatchError(f"{_CALL}: the loss is a {what}; give one that returns a single number, such as a mean")
+            raise AnybatchError(f"{CALL}: the loss is a {what}; give one that returns a single number, such as a mean")
         return loss.reshape(())
 
     def trained(self, model: nn.Module) -> list[nn.Parameter]:
         """The parameters that are trained."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:
-            raise AnybatchError(f"{_CALL}: the loss does not depend on any parameter that is trained; there is none")
+            raise AnybatchError(f"{CALL}: the loss does not depend on any parameter that is trained; there is none")
         return parameters
 
     def backward(self, loss: Tensor, of: Sequence[Tensor], again: bool = False) -> list[Tensor]:
         """One backward pass: the gradient of ``loss`` at each of ``of``, zeros where there is none."""
         if not loss.requires_grad:
             raise AnybatchError(
-                f"{_CALL}: the loss does not depend on any parameter that is trained (requires_grad); check both"
+                f"{CALL}: the loss does not depend on any parameter that is trained (requires_grad); check both"
             )
         grads = torch.autograd.grad(loss, of, retain_graph=again, allow_unused=True)
         self.meter.count(Passes(backward=1))
@@ -265,82 +264,26 @@ class Subject:
         """
         batch, model = self.batches[0], self.copy()
         if any(t.is_floating_point() and not t.isfinite().all() for t in tree_leaves(batch) if isinstance(t, Tensor)):
-            raise AnybatchError(f"{_CALL}: the first batch holds values that are not finite; check the data")
+            raise AnybatchError(f"{CALL}: the first batch holds values that are not finite; check the data")
         with torch.no_grad(), first_not_finite(model) as culprit:
             output = self.output(model, batch)
             loss = self.judge(output, target_of(batch))
         if not loss.isfinite():
             where = culprit[0] if culprit else "no module's output, so the loss function itself"
-            raise AnybatchError(f"{_CALL}: the loss of the first batch is {float(loss)}; first not finite: {where}")
+            raise AnybatchError(f"{CALL}: the loss of the first batch is {float(loss)}; first not finite: {where}")
         return output
 
     @contextmanager
     def _same_draws(self, seed: int) -> Iterator[None]:
         """Dropout and the like draw the same at every pass."""
         with random_states_kept():
-            _seed(seed)
+            seed_all(seed)
             yield
-
-
-def rewinder(model: nn.Module) -> Callable[[], None]:
-    """What puts the model's buffers and history back to what they are now; its parameters stay."""
-    history = history_state_dict(model)
-    buffers = [(m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None]
-
-    @torch.no_grad()
-    def rewind() -> None:
-        load_history_state_dict(model, history)
-        for module, key, buffer, kept in buffers:  # a buffer may have been replaced
-            module._buffers[key] = buffer.copy_(kept)
-
-    return rewind
 
 
 def target_of(batch: Any) -> Any:
     """What the loss compares the output with."""
     return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else batch
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed)
-
-
-def copier(model: nn.Module) -> Callable[[], nn.Module]:
-    """What makes copies of the model, without its wrapper and with its history as it is now."""
-    model = unwrapped(model)
-    history = history_state_dict(model)
-
-    def build() -> nn.Module:
-        try:
-            twin = copy.deepcopy(model)
-        except Exception as error:
-            raise AnybatchError(
-                f"{_CALL}: the model cannot be copied ({type(error).__name__}: {error}); give a function that builds it"
-            ) from error
-        load_history_state_dict(twin, history)
-        return twin
-
-    return build
-
-
-def _builder(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    if not callable(make):
-        raise AnybatchError(f"{_CALL}: the model is a {type(make).__name__}; give a module, or a function that builds")
-
-    def build() -> nn.Module:
-        with random_states_kept():
-            _seed(0)
-            model = make()
-        if not isinstance(model, nn.Module):
-            raise AnybatchError(f"{_CALL}: the function built a {type(model).__name__}; it must return a module")
-        return unwrapped(model)
-
-    if build() is build():
-        raise AnybatchError(f"{_CALL}: the function gives the same module each time; give the module itself")
-    return build
 
 
 def _leaves(batch: Any) -> list[Tensor]:

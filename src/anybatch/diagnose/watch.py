@@ -122,7 +122,7 @@ def first_not_finite(model: nn.Module) -> Iterator[list[str]]:
     found: list[str] = []
 
     def bad(value: Any) -> bool:
-        return any(t.is_floating_point() and not t.isfinite().all() for t in tensors_in(value))
+        return any(t.is_floating_point() and not t.detach().isfinite().all() for t in tensors_in(value))
 
     def hook(name: str) -> Callable[..., None]:
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

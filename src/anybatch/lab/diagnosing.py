@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from anybatch.convert import convert_
 from anybatch.diagnose.advice import advise
 from anybatch.diagnose.diagnosis import Diagnosis, Progress, diagnose
 from anybatch.diagnose.experiments import choose
+from anybatch.diagnose.report import make_folder
 from anybatch.errors import AnybatchError
 from anybatch.lab import checkpoint as checkpoints
 from anybatch.lab import machine
@@ -73,12 +74,8 @@ class Case:
         dataset = load(self.data, None, None, self.image_size)
         if self.model is None:
             return build_model(RunConfig(self.method, network=self.network, device=self.device), dataset), dataset
-        try:
-            model = imported(self.model)()
-        except AnybatchError:
-            raise
-        except Exception as error:
-            raise AnybatchError(f"--model {self.model}: it raised {type(error).__name__}: {error}") from error
+        torch.manual_seed(0)  # the same numbers each time
+        model = _built(self.model, imported(self.model))
         if not isinstance(model, nn.Module):
             raise AnybatchError(f"--model {self.model}: it built a {type(model).__name__}; let it return a module")
         example = dataset.normalise(dataset.train_images[:2])
@@ -127,10 +124,19 @@ def imported(path: str) -> Callable[[], nn.Module]:
         found = getattr(importlib.import_module(name), function)
     except (ImportError, AttributeError) as error:
         raise AnybatchError(f"--model {path}: {error}") from error
+    except Exception as error:
+        raise AnybatchError(f"--model {path}: its module raised {type(error).__name__}: {error}") from error
     if not callable(found):
         raise AnybatchError(f"--model {path}: it is a {type(found).__name__}; name a function that builds the model")
     build: Callable[[], nn.Module] = found
     return build
+
+
+def _built(path: str, build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return build()
+    except Exception as error:
+        raise AnybatchError(f"--model {path}: it raised {type(error).__name__}: {error}") from error
 
 
 def run_diagnosis(
@@ -150,6 +156,7 @@ def run_diagnosis(
     """
     choose(experiments)  # before anything takes time
     model, dataset = case.load()
+    make_folder(out)  # likewise
     with _shown(console) as progress:
         found = diagnose(
             model,
@@ -174,6 +181,7 @@ def run_advice(case: Case, batch_size: int, micro_batches: int, folds: bool, rat
         AnybatchError: the case cannot be measured.
     """
     model, dataset = case.load()
+    case = replace(case, batch=max(1, min(case.batch, len(dataset.train_images))))
     advice = advise(
         model,
         case.loader(dataset),

@@ -53,7 +53,8 @@ def svg(figure: Figure, transparent: bool = False, prefix: str = "") -> str:
     buffer = io.StringIO()
     with mpl.rc_context(STYLE):
         figure.savefig(buffer, format="svg", transparent=transparent, metadata={"Date": None})
-    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}", buffer.getvalue())
+    drawn = re.sub(r' id="image\w+"', "", buffer.getvalue())  # of what the image shows: two alike would share it
+    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}", drawn)
     return text[text.index("<svg") :]
 
 
