@@ -40,7 +40,7 @@ def recalibrated(rank: int, world: int, names: list[str]) -> list[tuple[int, dic
     return results
 
 
-WITH_RUNNING = [name for name in ab.METHODS if name not in ("gn", "proxynorm", "proxynorm-group")]
+WITH_RUNNING = [name for name in ab.METHODS if name not in ("gn", "proxynorm", "proxynorm-group", "nonorm")]
 
 
 @pytest.mark.parametrize("world", [2, 4])

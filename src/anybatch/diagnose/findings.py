@@ -117,7 +117,7 @@ def _step_size(at: Any, bare: Any, around: Situation) -> Statements:
 
 def _depth(at: Any, bare: Any, around: Situation) -> Statements:
     spread = float(at.var.max() / at.var.min().clamp_min(1e-300))
-    if not at.var.min() > 0:
+    if (at.var <= 0).any():
         yield "trouble", f"'{at.names[int(at.var.argmin())]}' puts out the same for every example and position"
     elif spread > 1e4:
         yield "trouble", f"the variance of what the layers put out differs by a factor of {spread:.1g} between layers"
