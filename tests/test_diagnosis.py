@@ -79,7 +79,6 @@ def test_what_else_it_says(whole: Whole) -> None:
     assert (dict(found.left_out), found.notes) == ({}, ())
     assert found.model["parameters"] == sum(p.numel() for p in whole.model.parameters())
     assert (found.model["BatchNorms"], found.model["linear maps"], found.model["examples a batch"]) == (2, 3, 8)
-    assert found.passes.cost >= whole.told[-1].done
     lines = str(found).splitlines()
     assert lines[0].startswith("Sequential: ")
     assert all(any(finding.text in line for line in lines) for finding in found.findings)
@@ -128,7 +127,7 @@ def test_progress(whole: Whole) -> None:
     assert [now.done for now in told] == sorted(now.done for now in told)
     assert all(now.total >= now.done and now.seconds_left >= 0 for now in told)
     assert list(dict.fromkeys(now.doing for now in later)) == [row.title for row in EXPERIMENTS.values()]
-    assert told[-1].done == whole.found.passes.cost  # the check; a forward and a backward pass to time
+    assert told[-1].done == whole.found.passes.cost
 
 
 @pytest.mark.parametrize("tested", [0, 2])
@@ -204,7 +203,7 @@ def test_a_choice() -> None:
     [
         ({"experiments": ["dept"]}, "there is no experiment 'dept'; did you mean depth or"),
         ({"options": {"batch_noise": {}}}, "there is no experiment 'batch_noise'; did you mean batch-noise"),
-        ({"experiments": ["depth"], "options": {"depth": {"bach": 1}}}, "diagnose: depth: .*'bach'"),
+        ({"experiments": ["depth"], "options": {"depth": {"bach": 1}}}, "depth has no option 'bach'; it has batch"),
         ({"forward": 8}, "forward is a int; give a function of"),
         ({"experiments": ["xyz"]}, "did you mean depth or step-size or .* or history-error"),
     ],
@@ -223,6 +222,8 @@ def test_a_model_without_batchnorm() -> None:
     assert set(found.results) == set(EXPERIMENTS) - about_batches
     assert found.advice is None
     assert found.model["other norms"] == "2 GroupNorm"
+    # Fails: "left outbatch-noise".
+    assert "  left out batch-noise: the model has no BatchNorm; it has 2 GroupNorm\n" in str(found)
     bare = ab.diagnose(nn.Sequential(nn.Flatten(), nn.Linear(105, 5)), float_batches(), ce, experiments=["batch-noise"])
     assert bare.left_out == {"batch-noise": "the model has no BatchNorm; it has no norm of any kind"}
 

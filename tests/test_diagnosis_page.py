@@ -131,19 +131,19 @@ def test_a_model_that_explodes_without_its_norms(tmp_path: Path) -> None:
 
 
 def test_what_is_left_out_is_on_the_page(tmp_path: Path) -> None:
-    """With its reason."""
+    """With its reason, where that is the same of both subjects, and where each has its own."""
     by_name = [{"image": x, "label": t} for x, t in float_batches()]
     found = ab.diagnose(
         ByName(),
         by_name,
-        lambda z, batch: ce(z["logits"], batch["label"]),
+        lambda z, batch: ce(z["logits"], batch["label"]) - 100,
         forward=lambda model, batch: model(batch["image"]),
-        experiments=["depth", "logit-gradients"],
+        experiments=["depth", "step-size", "logit-gradients"],
     )
+    assert set(found.left_out) == {"logit-gradients", f"step-size, {GIVEN}", f"step-size, {WITHOUT}"}
     page = saved(found, tmp_path)
     for why in found.left_out.values():
         assert why.partition(";")[0] in page
-    assert "logit-gradients" in page
 
 
 @pytest.mark.parametrize("place", ["a file", "/proc/anybatch"])

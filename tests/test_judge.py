@@ -30,9 +30,9 @@ MARK = {"trouble": "!", "well": "+", "note": "-"}
 nan = math.nan
 
 
-def said(name: str, at: Any, bare: Any = None, trained: bool = True, batch: int = 8) -> list[tuple[str, str]]:
+def said(name: str, at: Any, bare: Any = None, **around: Any) -> list[tuple[str, str]]:
     results = {name: {GIVEN: at} if bare is None else {GIVEN: at, WITHOUT: bare}}
-    found = judge(results, Situation(batch, trained, True))
+    found = judge(results, Situation(**{"batch": 8, "trained": True, "plain": True, **around}))
     assert all(finding.experiment == name for finding in found)
     return [(MARK[finding.level], finding.text) for finding in found]
 
@@ -80,6 +80,8 @@ def ratios(*b: float) -> Any:
     [
         (gap(0.1, 1, 1.4), "+", "evaluation does what training does: outputs of the norms differ by 10 %"),
         (gap(0.64, 1, 1), "+", "differ by 64 %"),
+        (gap(0.1, 1, 1.2), "+", "evaluation does what training does"),
+        (gap(0.9, 1, 1.2, 1), "-", "though the loss does not show it (loss 1.2 in evaluation, 1 in training)"),
         (gap(0.9, 1, 1.6, 1), "!", "ab.recalibrate_(model, loader) brings it to 1"),
         (gap(0.1, 1, 1.6, 1.2), "!", "evaluation is off (loss 1.6 in evaluation, 1 in training)"),
         (gap(0.1, 1, nan, 1.2), "!", "because the running statistics are behind"),
@@ -116,10 +118,12 @@ def test_evaluation(at: Any, mark: str, words: str) -> None:
         ("step-size", steps(1.0, 1.1), steps(0.5, 1.1), [("!", "no step along the gradient lowers the loss")]),
         ("step-size", steps(0.9, 0.9, 2), steps(0.5, 1.1), [("-", "may be 10 times as large as without the norms")]),
         ("step-size", steps(0.9, 2), steps(0.5, 0.1, 1.1), [("-", "may be 0.1 times")]),
+        ("step-size", steps(0.9, 2), steps(0.5, 1.1), []),  # about as large
         ("step-size", steps(0.9, 2), steps(1.0, 1.1), []),
         ("step-size", steps(0.9, 2), None, []),
         ("depth", moments(1, 5, 1.1e4), None, [("!", "differs by a factor of 1e+04")]),
         ("depth", moments(1, 1e-5, 1), None, [("!", "differs by a factor of 1e+05")]),
+        ("depth", moments(1, 0, 1), None, [("!", "'b' puts out the same for every example and position")]),
         ("depth", moments(1, 9e3), moments(1, 1e9), []),
         ("learning-rate", rates(nan, nan), None, [("!", "training diverges at every learning rate from 0.01 on")]),
         ("learning-rate", rates(1, 1, nan), rates(1, nan, 1), [("-", "rates up to 0.1, without the norms up to 0.01")]),
@@ -127,7 +131,7 @@ def test_evaluation(at: Any, mark: str, words: str) -> None:
         ("learning-rate", rates(1, nan), None, []),
         ("logit-gradients", at_output(torch.eye(4)), None, []),
         ("logit-gradients", at_output(torch.ones(8, 3)), None, [("!", "100 % of the gradient at the output is the s")]),
-        ("logit-gradients", at_output(torch.tensor([[0.3, -0.3]])), None, []),
+        ("logit-gradients", at_output(torch.ones(7, 3)), None, []),  # few rows are soon alike
         ("weight-gradients", tails(10.4), None, [("-", "gradients of 'conv' are heavy-tailed: kurtosis 10")]),
         ("weight-gradients", tails(10), tails(50), []),
         ("weight-gradients", tails(nan), None, []),
@@ -148,6 +152,12 @@ def test_one_example_is_called_so() -> None:
     assert "statistics of one example are off by 90 %" in text
     ((_, text),) = said("evaluation-gap", gap(2, 1, 5, 5), batch=1)
     assert "stands for the statistics of one example that" in text
+
+
+def test_norms_that_do_not_go_by_the_batch_alone() -> None:
+    """What a batch's statistics are worth is no trouble of theirs."""
+    ((mark, text),) = said("batch-noise", noise(0.9, 0.9), plain=False)
+    assert (mark, "if one goes by the batch alone" in text) == ("-", True)
 
 
 def test_troubles_come_first() -> None:

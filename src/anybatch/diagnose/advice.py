@@ -125,6 +125,8 @@ class Advice:
     def _how(self) -> str:
         if self.method == "bn":
             return "ab.revert_(model)" if self.converted else "leave BatchNorm as it is"
+        if self.converted and self.converted == getattr(getattr(self.config, "layer", None), "__name__", ""):
+            return "leave it as it is, with these options"
         if self.converted:
             return f"ab.convert_ the model as it was built, to {self.code}; it has {self.converted} now"
         inputs = ", example_inputs=images" if self.config.needs_example else ""

@@ -75,7 +75,7 @@ class Diagnosis:
         lines = [
             f"{self.model['class']}: {self.model['parameters']:,} parameters, {self.model['BatchNorms']} BatchNorms"
         ]
-        lines += [f"  {kind:<8}{text}" for kind, text in self.statements()]
+        lines += [f"  {kind:<8} {text}" for kind, text in self.statements()]
         if self.advice is not None:
             lines += [f"  {line}" for line in str(self.advice).splitlines()]
         return "\n".join(lines)
@@ -172,7 +172,8 @@ def diagnose(
     """
     started = time.perf_counter()
     chosen, options = choose(experiments), options or {}
-    choose(list(options))
+    for row in choose(list(options)):
+        row.check(options[row.name])
     subject = Subject(model, loader, loss, batches, forward)
     classifier = not math.isnan(accuracy(subject.check(), target_of(subject.batches[0])))
     facts, left_out = _facts(subject), {}

@@ -5,6 +5,7 @@ docs/diagnose/. A file that has ``measure_all`` measures all subjects together.
 """
 
 import difflib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -51,7 +52,7 @@ class Experiment:
     reference: int = 0
 
     def run(self, subjects: Mapping[str, Subject], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-        """Results by subject, and for those that have none the reason."""
+        """Results by subject, and for those that have none the reason; the options are checked."""
         found: dict[str, Any] = {}
         failed: dict[str, str] = {}
         if hasattr(self.module, "measure_all") and not options:
@@ -64,13 +65,17 @@ class Experiment:
                 found[name] = self.module.measure(subject, **options)
             except AnybatchError as error:
                 failed[name] = _said(error)
-            except TypeError as error:
-                if "unexpected keyword" not in str(error):
-                    raise
-                raise AnybatchError(
-                    f"diagnose: {self.name}: {error}; its options are those of its measure()"
-                ) from error
         return found, failed
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that ``measure`` has not.
+
+        Raises:
+            AnybatchError: naming the first of them, and what there is.
+        """
+        known = [name for name in inspect.signature(self.module.measure).parameters if name != "subject"]
+        if unknown := [name for name in options if name not in known]:
+            raise AnybatchError(f"diagnose: {self.name} has no option '{unknown[0]}'; it has {', '.join(known)}")
 
     def passes(self, subjects: Mapping[str, Subject]) -> Passes:
         """What the subjects cost, at most."""
@@ -132,7 +137,6 @@ def choose(names: Sequence[str] | None) -> list[Experiment]:
     Raises:
         AnybatchError: there is none of a name; the closest are given.
     """
-    names = [names] if isinstance(names, str) else names
     if names is None:
         return list(EXPERIMENTS.values())
     names = [names] if isinstance(names, str) else names

@@ -193,17 +193,17 @@ class Monitor:
     def _judge(self) -> None:
         """Warn, unless recalibration mends it."""
         left = self._recalibrated()
-        if left is not None and left < TROUBLE:
+        if left is None or left < TROUBLE:  # None: there is no evidence
             return
         self._suspicions += 1
         if self._suspicions < _SUSPICIONS:
             return
         self._warn = False
-        mended = "" if left is None else f", {100 * left:.0f} % after recalibration"
         _warn(
             f"anybatch.Monitor: after {self.forwards} training forwards the norms put out something else in evaluation "
-            f"than in training (by {100 * median(self._gaps):.0f} %{mended}): accuracy will collapse in evaluation. "
-            "Their batches are too small for running statistics; train with ab.CBN() or what `anybatch advise` says"
+            f"than in training (by {100 * median(self._gaps):.0f} %, {100 * left:.0f} % after recalibration): "
+            "accuracy is likely to collapse in evaluation. Their batches are too small for running statistics; "
+            "train with ab.CBN() or what `anybatch advise` says"
         )
         self._calls.clear()
 
