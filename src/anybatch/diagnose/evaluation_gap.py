@@ -48,7 +48,7 @@ __all__ = [
     "table",
 ]
 
-TROUBLE = 0.65  # of the mean gap over norms, from which on evaluation is likely to fail
+TROUBLE = 0.55  # of the mean gap over norms, from which on evaluation is likely to fail
 
 
 @dataclass(frozen=True)

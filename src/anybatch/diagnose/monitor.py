@@ -14,12 +14,13 @@ a copy of the model is recalibrated on the batches of the last observations: onl
 trouble. mean_gap and sd_gap are taken when the batch is in the running statistics already.
 """
 
+import math
 import sys
 import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from statistics import median
+from statistics import fmean
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -186,9 +187,13 @@ class Monitor:
             self._log(dict(self.last))
         self._gaps.append(found["gap"])
         self._observations += 1
-        if self._warn and self._observations >= self._next_check and median(self._gaps) > TROUBLE:
+        if self._warn and self._observations >= self._next_check and self._recent() > TROUBLE:
             self._next_check = 2 * self._observations  # seldom: it costs as much as some twenty observations
             self._judge()
+
+    def _recent(self) -> float:
+        """Root mean square of the last gaps, as evaluation_gap takes it over batches."""
+        return math.sqrt(fmean(gap * gap for gap in self._gaps))
 
     def _judge(self) -> None:
         """Warn, unless recalibration mends it."""
@@ -201,7 +206,7 @@ class Monitor:
         self._warn = False
         _warn(
             f"anybatch.Monitor: after {self.forwards} training forwards the norms put out something else in evaluation "
-            f"than in training (by {100 * median(self._gaps):.0f} %, {100 * left:.0f} % after recalibration): "
+            f"than in training (by {100 * self._recent():.0f} %, {100 * left:.0f} % after recalibration): "
             "accuracy is likely to collapse in evaluation. Their batches are too small for running statistics; "
             "train with ab.CBN() or what `anybatch advise` says"
         )
