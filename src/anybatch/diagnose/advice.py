@@ -33,9 +33,8 @@ from .history_error import HistoryError
 from .learning_rate import accuracy
 from .subject import Forward, Loss, Subject, target_of
 
-__all__ = ["REFERENCE", "Advice", "Candidate", "about", "advise", "recommend"]
+__all__ = ["Advice", "Candidate", "about", "advise", "recommend"]
 
-REFERENCE = 64  # examples that statistics are measured in, where batches can be joined
 _CLOSE = 1.0  # points within which the simpler method is advised: three seeds tell no less apart
 _SIMPLEST_FIRST = ("bn", "accumulated", "renorm", "cbn", "gn", "proxynorm-group")
 _WINDOW = 8
@@ -168,22 +167,25 @@ def advise(
         if value < 1:
             raise AnybatchError(f"advise: {name}={value}; give at least 1")
     subject = Subject(model, loader, loss, batches, forward)
-    classifier = not math.isnan(accuracy(subject.check(), target_of(subject.batches[0])))
-    whole = subject.joined(REFERENCE)
+    around = about(subject, subject.check())
+    whole = subject.joined(batch_noise.REFERENCE)
     noise = batch_noise.measure(whole, tuple(sorted({*batch_noise.SIZES, batch_size})))
     try:
         history, why = history_error.measure(whole, rate=rate), ""
     except AnybatchError as error:
         history, why = None, str(error).removeprefix("diagnose: ")
-    around = about(subject)
-    return recommend(noise, history, batch_size, micro_batches, folds, why=why, classifier=classifier, **around)
+    return recommend(noise, history, batch_size, micro_batches, folds, why=why, **around)
 
 
-def about(subject: Subject) -> dict[str, Any]:
-    """What :func:`recommend` asks of the model: channels of its norms, and what they were converted to."""
+def about(subject: Subject, output: Any) -> dict[str, Any]:
+    """What :func:`recommend` asks of the model, which put out ``output`` for the first batch."""
     norms = batch_norms(subject.copy()).values()
     ours = [type(norm).__name__ for norm in norms if isinstance(norm, NormLayer)]
-    return {"channels": [norm.num_features for norm in norms], "converted": ours[0] if ours else ""}
+    return {
+        "channels": [norm.num_features for norm in norms],
+        "converted": ours[0] if ours else "",
+        "classifier": not math.isnan(accuracy(output, target_of(subject.batches[0]))),
+    }
 
 
 def recommend(

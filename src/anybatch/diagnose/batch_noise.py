@@ -30,9 +30,10 @@ from .watch import norms_of, watching
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SIZES", "BatchNoise", "measure", "panels", "passes", "plot", "said", "table"]
+__all__ = ["REFERENCE", "SIZES", "BatchNoise", "measure", "panels", "passes", "plot", "said", "table"]
 
 SIZES = (1, 2, 4, 8, 16, 32)
+REFERENCE = 64  # examples that statistics are measured in, where batches can be joined
 _DRAWS = 64
 _FEWEST = 8  # examples that say something of a population
 

@@ -1,6 +1,5 @@
 """All experiments on one model: run, kept together, put into words and numbers."""
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,9 +21,8 @@ from . import batch_noise, learning_rate
 from .advice import Advice, about, recommend
 from .experiments import EXPERIMENTS, Experiment, choose
 from .findings import GIVEN, WITHOUT, Finding, Situation, judge
-from .learning_rate import accuracy
 from .plain import plain
-from .subject import Forward, Loss, Passes, Subject, target_of
+from .subject import Forward, Loss, Passes, Subject
 
 __all__ = ["Diagnosis", "Progress", "diagnose"]
 
@@ -175,7 +173,7 @@ def diagnose(
     for row in choose(list(options)):
         row.check(options[row.name])
     subject = Subject(model, loader, loss, batches, forward)
-    classifier = not math.isnan(accuracy(subject.check(), target_of(subject.batches[0])))
+    around = about(subject, subject.check())
     facts, left_out = _facts(subject), {}
     batch = examples_in(subject.batches[0])
     notes = [] if len(subject.batches) == batches else [f"the loader gave {len(subject.batches)} of {batches} batches"]
@@ -218,7 +216,7 @@ def diagnose(
         notes.append(f"no advice: that takes batch-noise at sizes {batch}, 8 and 32")
     elif noise is not None and (history is not None or "history-error" in left_out):
         why = left_out.get("history-error", "")
-        advice = recommend(noise, history, batch, micro_batches, why=why, classifier=classifier, **about(subject))
+        advice = recommend(noise, history, batch, micro_batches, why=why, **around)
     seconds = time.perf_counter() - started
     return Diagnosis(facts, findings, advice, results, left_out, tuple(notes), subject.spent - before, seconds)
 

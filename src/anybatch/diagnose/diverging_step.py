@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from ..core.moments import moments
 from ..errors import AnybatchError
 from . import step_size
-from .copies import rewinder
 from .panels import Heat, Tile
 from .subject import Passes, Subject
-from .watch import as_channels, maps_of, watching
+from .watch import as_channels, maps_of, refuse_unknown, watching
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,20 +73,17 @@ def measure(
     model = subject.copy()
     maps = maps_of(model)
     names = (layers,) if isinstance(layers, str) else tuple(layers or ())
-    if unknown := [name for name in names if name not in maps]:
-        raise AnybatchError(f"diagnose: there is no linear map '{unknown[0]}'; there are {', '.join(list(maps)[:8])}")
+    refuse_unknown(names, maps)
     if step is None:
         step = step_size.measure(subject, batch).smallest_diverging or step_size.GRID[-1]
-    rewind = rewinder(model)
     ran: dict[str, nn.Module] = {}
 
     def runs(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
         ran[name] = module
 
     with watching(maps, runs):
-        _, parameters, gradient = step_size.gradient_step(subject, model, batch)
+        _, after = step_size.along_gradient(subject, model, batch)
     names = names or tuple(_default(ran or maps))
-    start = [p.detach().clone() for p in parameters]
     means: dict[str, list[Tensor]] = {name: [] for name in names}
     variances: dict[str, list[Tensor]] = {name: [] for name in names}
 
@@ -96,13 +92,9 @@ def measure(
         means[name].append(now.mean.cpu())
         variances[name].append(now.var.cpu())
 
-    at, losses = torch.linspace(0, 1, fractions + 1, dtype=torch.float64), []
-    with torch.no_grad(), watching({name: maps[name] for name in names}, see):
-        for f in at.tolist():
-            for p, origin, g in zip(parameters, start, gradient, strict=True):
-                p.copy_(origin - f * step * g)
-            rewind()
-            losses.append(float(subject.loss_of(model, subject.batch(batch))))
+    at = torch.linspace(0, 1, fractions + 1, dtype=torch.float64)
+    with watching({name: maps[name] for name in names}, see):
+        losses = [after(f * step) for f in at.tolist()]
     by_name = [tuple(_by_step(seen[name], len(at), name) for name in names) for seen in (means, variances)]
     return DivergingStep(step, at, torch.tensor(losses, dtype=torch.float64), names, *by_name)
 

@@ -117,7 +117,7 @@ _ROWS = (
     ),
     Experiment(
         "batch-noise", "Noise of batch statistics", "How much is a batch worth, and how far off is a small one?",
-        batch_noise, compares=False, needs_norms=True, reference=64,
+        batch_noise, compares=False, needs_norms=True, reference=batch_noise.REFERENCE,
     ),
     Experiment(
         "evaluation-gap", "Training against evaluation", "Does evaluation do what training did?",

@@ -26,7 +26,6 @@ from ..core.linear_map import LinearMap
 from ..core.moments import Moments, moments
 from ..core.taylor import Entries, Responses, by_patch, carry
 from ..errors import AnybatchError
-from ..training import attach
 from .panels import Panel
 from .subject import Passes, Subject
 from .watch import as_channels, linear, norms_of, watching
@@ -99,9 +98,7 @@ def measure(subject: Subject, rate: float = 0.1, ages: int = AGES, momentum: flo
         raise AnybatchError(f"diagnose: ages={ages}; give at least 1")
     model = subject.copy()
     maps = _fed_by(subject, model)
-    optimizer = torch.optim.SGD(subject.trained(model), lr=rate, momentum=momentum)
-    attach(model, optimizer)
-    parameters: list[nn.Parameter] = optimizer.param_groups[0]["params"]
+    advance = subject.sgd(model, rate, momentum)
     past: list[dict[str, _Past]] = []
 
     def see(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -111,10 +108,7 @@ def measure(subject: Subject, rate: float = 0.1, ages: int = AGES, momentum: flo
     with watching(maps, see):
         for step in range(ages):
             past.append({})
-            loss = subject.loss_of(model, subject.batches[step % len(subject.batches)], seed=step)
-            for p, g in zip(parameters, subject.backward(loss, parameters), strict=True):
-                p.grad = g
-            optimizer.step()
+            advance(subject.loss_of(model, subject.batches[step % len(subject.batches)], seed=step))
     today: list[dict[str, Moments]] = []
 
     def see_today(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:

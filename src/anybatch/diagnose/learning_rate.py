@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import AnybatchError
-from ..training import attach
 from .panels import Panel
 from .step_size import DIVERGED
 from .subject import Passes, Subject, target_of
@@ -106,9 +105,7 @@ def _train(
 ) -> tuple[list[float], float, float, float]:
     """Losses, final loss, final accuracy, test accuracy."""
     model, nan = subject.copy(), math.nan
-    optimizer = torch.optim.SGD(subject.trained(model), lr=rate, momentum=momentum)
-    attach(model, optimizer)
-    parameters: list[nn.Parameter] = optimizer.param_groups[0]["params"]
+    advance = subject.sgd(model, rate, momentum)
     losses: list[float] = []
     scores: list[float] = []
     for step in range(steps):
@@ -119,9 +116,7 @@ def _train(
             return losses + [nan] * (steps - len(losses)), nan, nan, nan
         losses.append(loss.item())
         scores.append(accuracy(output, target_of(batch)))
-        for p, g in zip(parameters, subject.backward(loss, parameters), strict=True):
-            p.grad = g
-        optimizer.step()
+        advance(loss)
     last = max(1, steps // 4)
     final, score = sum(losses[-last:]) / last, sum(scores[-last:]) / last
     model.eval()

@@ -6,7 +6,7 @@ With normalization the ratio falls over a wide range of a; without, it explodes 
 their figure of the loss landscape along the gradient). Dropout and the like draw the same at every a.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from .subject import Passes, Subject
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["DIVERGED", "GRID", "StepSizes", "gradient_step", "measure", "panels", "passes", "plot", "said"]
+__all__ = ["DIVERGED", "GRID", "StepSizes", "along_gradient", "measure", "panels", "passes", "plot", "said"]
 
 GRID = tuple(10 ** (k / 4) for k in range(-20, 9))  # 1e-5 to 100, four a decade
 DIVERGED = 1e3  # the loss, or its ratio, beyond which a step counts as diverged
@@ -54,11 +54,25 @@ class StepSizes:
         return float(beyond.min()) if beyond.numel() else None
 
 
-def gradient_step(subject: Subject, model: nn.Module, batch: int) -> tuple[float, list[nn.Parameter], list[Tensor]]:
-    """The loss, the parameters that are trained, and the gradient at them; one forward and one backward."""
+def along_gradient(subject: Subject, model: nn.Module, batch: int) -> tuple[float, Callable[[float], float]]:
+    """The loss of a batch, and what it is after a step of some size along its gradient, of everything else as it was.
+
+    One forward and one backward pass, and a forward each time.
+    """
+    rewind, taken = rewinder(model), subject.batch(batch)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    loss = subject.loss_of(model, subject.batch(batch))
-    return float(loss.detach()), parameters, subject.backward(loss, parameters)
+    loss = subject.loss_of(model, taken)
+    gradient = subject.backward(loss, parameters)
+    start = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def after(step: float) -> float:
+        for p, at, g in zip(parameters, start, gradient, strict=True):
+            p.copy_(at - step * g)
+        rewind()
+        return float(subject.loss_of(model, taken))
+
+    return float(loss.detach()), after
 
 
 def measure(subject: Subject, batch: int = 0, steps: Sequence[float] = GRID) -> StepSizes:
@@ -69,23 +83,13 @@ def measure(subject: Subject, batch: int = 0, steps: Sequence[float] = GRID) -> 
         batch: which of them.
         steps: sizes a, in units of the plain gradient.
     """
-    model = subject.copy()
-    rewind = rewinder(model)
-    loss, parameters, gradient = gradient_step(subject, model, batch)
+    loss, after = along_gradient(subject, subject.copy(), batch)
     if not loss > 0:
         raise AnybatchError(f"diagnose: the loss is {loss:g}, of which a ratio says nothing; give one above zero")
-    start = [p.detach().clone() for p in parameters]
     steps = sorted(steps)
     if not steps or steps[0] < 0:
         raise AnybatchError(f"diagnose: steps={steps}; give sizes of at least zero")
-    losses = []
-    with torch.no_grad():
-        for a in steps:
-            for p, at, g in zip(parameters, start, gradient, strict=True):
-                p.copy_(at - a * g)
-            rewind()
-            losses.append(float(subject.loss_of(model, subject.batch(batch))))
-    ratio = torch.tensor(losses, dtype=torch.float64) / loss
+    ratio = torch.tensor([after(a) for a in steps], dtype=torch.float64) / loss
     return StepSizes(torch.tensor(steps, dtype=torch.float64), ratio.nan_to_num(nan=torch.inf, neginf=torch.inf), loss)
 
 

@@ -4,7 +4,6 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,45 +18,15 @@ from ..errors import AnybatchError
 from ..inference.batches import check_loader, examples_in, run_on
 from ..layers.config import NormConfig
 from ..layers.nonorm import NoNorm
+from ..training import attach
 from .copies import CALL, builder, copier, seed_all
+from .meter import Meter, Passes
 from .watch import first_not_finite
 
 __all__ = ["Forward", "Loss", "Meter", "Passes", "Subject", "target_of"]
 
 Forward = Callable[[nn.Module, Any], Any]
 Loss = Callable[[Any, Any], Tensor]
-
-
-@dataclass(frozen=True)
-class Passes:
-    """Passes of one batch through the model."""
-
-    forward: int = 0
-    backward: int = 0
-
-    def __add__(self, other: "Passes") -> "Passes":
-        return Passes(self.forward + other.forward, self.backward + other.backward)
-
-    def __sub__(self, other: "Passes") -> "Passes":
-        return Passes(self.forward - other.forward, self.backward - other.backward)
-
-    @property
-    def cost(self) -> int:
-        """In forward passes: a backward counts for two."""
-        return self.forward + 2 * self.backward
-
-
-class Meter:
-    """Counts passes, and tells a listener after every one."""
-
-    def __init__(self) -> None:
-        self.passes = Passes()
-        self.listener: Callable[[], None] = lambda: None
-
-    def count(self, passes: Passes) -> None:
-        """So many more have been made."""
-        self.passes = self.passes + passes
-        self.listener()
 
 
 class Subject:
@@ -251,6 +220,19 @@ class Subject:
         grads = torch.autograd.grad(loss, of, retain_graph=again, allow_unused=True)
         self.meter.count(Passes(backward=1))
         return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, of, strict=True)]
+
+    def sgd(self, model: nn.Module, rate: float, momentum: float) -> Callable[[Tensor], None]:
+        """What makes a step of SGD along the gradient of a loss: one backward pass."""
+        parameters = self.trained(model)
+        optimizer = torch.optim.SGD(parameters, lr=rate, momentum=momentum)
+        attach(model, optimizer)
+
+        def step(loss: Tensor) -> None:
+            for p, g in zip(parameters, self.backward(loss, parameters), strict=True):
+                p.grad = g
+            optimizer.step()
+
+        return step
 
     def check(self) -> Any:
         """Refuse what cannot be measured.

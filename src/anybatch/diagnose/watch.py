@@ -1,6 +1,6 @@
 """Modules at work: what each is given and gives, in order."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..convert.tracing import MAP_FUNCTIONS, first_tensor, tensors_in
 from ..core.linear_map import MAPS, LinearMap
 from ..errors import AnybatchError
 
-__all__ = ["as_channels", "first_not_finite", "linear", "maps_of", "middle", "norms_of", "watching"]
+__all__ = ["as_channels", "first_not_finite", "linear", "maps_of", "middle", "norms_of", "refuse_unknown", "watching"]
 
 See = Callable[[str, nn.Module, Tensor, Tensor], Tensor | None]
 
@@ -28,6 +28,17 @@ def maps_of(model: nn.Module) -> dict[str, nn.Module]:
     if not maps:
         raise AnybatchError(f"diagnose: {type(model).__name__} has no convolution and no Linear to look at")
     return maps
+
+
+def refuse_unknown(names: Iterable[str], maps: Mapping[str, nn.Module]) -> None:
+    """Refuse names of linear maps that the model has not.
+
+    Raises:
+        AnybatchError: naming the first, and some that there are.
+    """
+    for name in names:
+        if name not in maps:
+            raise AnybatchError(f"diagnose: there is no linear map '{name}'; there are {', '.join(list(maps)[:8])}")
 
 
 def norms_of(model: nn.Module, call: str = "diagnose") -> dict[str, _BatchNorm]:

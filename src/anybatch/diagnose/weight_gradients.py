@@ -18,7 +18,7 @@ from ..core.moments import moments
 from ..errors import AnybatchError
 from .panels import Panel
 from .subject import Passes, Subject
-from .watch import maps_of, middle
+from .watch import maps_of, middle, refuse_unknown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,8 +59,7 @@ def measure(subject: Subject, layer: str | None = None, batch: int = 0, bins: in
     model = subject.copy()
     name = middle(model) if layer is None else layer
     maps = maps_of(model)
-    if name not in maps:
-        raise AnybatchError(f"diagnose: there is no linear map '{name}'; there are {', '.join(list(maps)[:8])}")
+    refuse_unknown([name], maps)
     with parametrize.cached():  # of a computed weight, the one that is used
         weight = maps[name].weight
         assert isinstance(weight, Tensor)
