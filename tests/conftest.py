@@ -4,6 +4,10 @@ import hypothesis
 import pytest
 import torch
 
+from tests.torchvision_operators import declare
+
+declare()  # before anything imports torchvision
+
 hypothesis.settings.register_profile("anybatch", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("anybatch")
 
