@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from anybatch.diagnose import Advice, advise
 from anybatch.lab import networks
-from anybatch.lab.config import RunConfig
+from anybatch.lab.config import ClassifyConfig
 from anybatch.lab.data import Dataset, load
 from anybatch.lab.summary import label
 
@@ -47,7 +47,7 @@ class Setting:
     """
 
     protocol: str
-    config: RunConfig
+    config: ClassifyConfig
     points: dict[str, float]
     seeds: int
 
@@ -68,7 +68,7 @@ def settings() -> Iterator[Setting]:
     """Every setting that there are runs of."""
     for protocol, files in PROTOCOLS.items():
         points: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        configs: dict[int, RunConfig] = {}
+        configs: dict[int, ClassifyConfig] = {}
         for file, only_cbn in files:
             if not file.exists():
                 continue
@@ -80,7 +80,7 @@ def settings() -> Iterator[Setting]:
                 if (run["config"]["method"], run["config"]["batch"]) == ("bn", 32)
             }
             for run in runs:
-                config = RunConfig(**run["config"])
+                config = ClassifyConfig(**run["config"])
                 is_cbn = config.method.partition("(")[0] == "cbn"
                 if config.method.partition("(")[0] not in ADVISED or only_cbn not in (None, is_cbn):
                     continue

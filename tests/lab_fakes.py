@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from anybatch.lab.config import RunConfig
+from anybatch.lab.config import ClassifyConfig
 from anybatch.lab.data import Dataset
 from anybatch.lab.training import Progress, RunResult
 
@@ -40,7 +40,7 @@ def result(
     curve = [] if accuracy is None else [{"epoch": 1, "accuracy": accuracy, "loss": 0.5}]
     return RunResult(
         key=f"{method}-{batch}-{seed}",
-        config=RunConfig(method=method, batch=batch, seed=seed, epochs=1),
+        config=ClassifyConfig(method=method, batch=batch, seed=seed, epochs=1),
         norm=f"<{method}>",
         status="diverged" if accuracy is None else "finished",
         accuracy=accuracy,

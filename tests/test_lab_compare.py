@@ -13,7 +13,7 @@ from rich.console import Console
 from anybatch.errors import AnybatchError
 from anybatch.lab import compare as lab
 from anybatch.lab.compare import FULL, QUICK, compare, plan, schedule
-from anybatch.lab.config import RunConfig
+from anybatch.lab.config import ClassifyConfig
 from anybatch.lab.display import Display
 from anybatch.lab.results import RUNS
 from anybatch.lab.workers import Event, Failed, Finished, Started, run_all
@@ -23,9 +23,9 @@ from .lab_fakes import image_folder
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> RunConfig:
+def base(tmp_path: Path) -> ClassifyConfig:
     folder = image_folder(tmp_path / "images", {"red": 30, "green": 30})
-    return RunConfig(data=str(folder), image_size=8, epochs=1)
+    return ClassifyConfig(data=str(folder), image_size=8, epochs=1)
 
 
 def display() -> Display:
@@ -33,29 +33,31 @@ def display() -> Display:
 
 
 def test_plan_has_every_run_once() -> None:
-    configs = plan(RunConfig(), FULL.methods, FULL.batches, FULL.seeds)
+    configs = plan(ClassifyConfig(), FULL.methods, FULL.batches, FULL.seeds)
     assert len(configs) == len(set(configs)) == (1 + 5 * 3) * 3
     assert sum(c.method == "bn" and c.batch == 32 for c in configs) == 3
-    assert len(plan(RunConfig(), QUICK.methods, QUICK.batches, QUICK.seeds)) == 7
-    assert len(plan(RunConfig(), ["bn"], [32], 2)) == 2
+    assert len(plan(ClassifyConfig(), QUICK.methods, QUICK.batches, QUICK.seeds)) == 7
+    assert len(plan(ClassifyConfig(), ["bn"], [32], 2)) == 2
 
 
 def test_schedule_is_seed_by_seed_reference_first_then_longest() -> None:
-    configs = schedule(plan(RunConfig(), ["bn", "cbn"], [1, 4], 2))
+    configs = schedule(plan(ClassifyConfig(), ["bn", "cbn"], [1, 4], 2))
     assert [c.seed for c in configs] == [0] * 5 + [1] * 5
     assert [(c.method, c.batch) for c in configs[:5]] == [("bn", 32), ("cbn", 1), ("cbn", 4), ("bn", 1), ("bn", 4)]
 
 
-def test_runs_are_kept_and_never_done_again(tmp_path: Path, base: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_are_kept_and_never_done_again(
+    tmp_path: Path, base: ClassifyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     configs = plan(base, ["gn"], [16], 1)
     outcome = compare(configs, tmp_path / "out", 2, display())
     assert [r.config for r in outcome.results] == configs
     assert not outcome.failures
     before = (tmp_path / "out" / RUNS).read_bytes()
 
-    planned: list[RunConfig] = []
+    planned: list[ClassifyConfig] = []
 
-    def none_run(todo: list[RunConfig], jobs: int) -> Iterator[Event]:
+    def none_run(todo: list[ClassifyConfig], jobs: int) -> Iterator[Event]:
         planned.extend(todo)
         yield from ()
 
@@ -71,7 +73,7 @@ def test_runs_are_kept_and_never_done_again(tmp_path: Path, base: RunConfig, mon
     assert len(planned) == 1
 
 
-def test_a_failed_or_killed_run_leaves_the_others(base: RunConfig) -> None:
+def test_a_failed_or_killed_run_leaves_the_others(base: ClassifyConfig) -> None:
     fails = replace(base, device="nonsense")
     killed, good = replace(base, seed=1), replace(base, seed=2)
     events = []
@@ -88,7 +90,7 @@ def test_a_failed_or_killed_run_leaves_the_others(base: RunConfig) -> None:
     assert ends[good].result.status == "finished"
 
 
-def test_wrong_plans_are_refused_before_any_run(tmp_path: Path, base: RunConfig) -> None:
+def test_wrong_plans_are_refused_before_any_run(tmp_path: Path, base: ClassifyConfig) -> None:
     with pytest.raises(AnybatchError, match="unknown method 'cnb'"):
         compare(plan(base, ["cnb"], [1], 1), tmp_path / "out", 1, display())
     with pytest.raises(AnybatchError, match="device 'nonsense' cannot be used"):
@@ -97,7 +99,7 @@ def test_wrong_plans_are_refused_before_any_run(tmp_path: Path, base: RunConfig)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path, base: RunConfig) -> None:
+def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path, base: ClassifyConfig) -> None:
     command = [sys.executable, "-m", "anybatch.cli", "compare", "--data", base.data, "--epochs", "200", "--jobs", "1"]
     command += ["--method", "bn", "--batch", "1", "--seeds", "1", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -113,7 +115,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path, base: R
 
 
 def test_all_is_the_whole_table_as_fits_the_network() -> None:
-    base = RunConfig(epochs=1)
+    base = ClassifyConfig(epochs=1)
     typed = [c.method for c in plan(base, ["all"], [2], 1)]
     assert typed == ["bn", *(row.trial for row in METHODS.values())]
     wide = [c.method for c in plan(replace(base, network="resnet18"), ["all", "cbn"], [2], 1)]

@@ -10,14 +10,15 @@ from torch import nn
 
 from anybatch.errors import AnybatchError
 from anybatch.lab import training
-from anybatch.lab.config import RunConfig
+from anybatch.lab.classify import Classify
+from anybatch.lab.config import ClassifyConfig
 from anybatch.lab.networks import NETWORKS, build, small_resnet
-from anybatch.lab.training import build_model, run_key, train_run
+from anybatch.lab.training import run_key, train_run
 
 from . import lab_fakes
 
 DATA = lab_fakes.dataset()
-CONFIG = RunConfig(method="bn", batch=4, epochs=3, lr=0.05)
+CONFIG = ClassifyConfig(method="bn", batch=4, epochs=3, lr=0.05)
 
 
 def outcome(result: training.RunResult) -> tuple[object, ...]:
@@ -44,11 +45,11 @@ def test_small_resnet_is_that_of_the_protocol() -> None:
 
 
 def test_same_seed_same_run_and_a_full_record() -> None:
-    first, second = train_run(CONFIG, DATA), train_run(CONFIG, DATA)
+    first, second = train_run(Classify(CONFIG, DATA)), train_run(Classify(CONFIG, DATA))
     assert outcome(first) == outcome(second)
     record = json.loads(json.dumps(first.record(), allow_nan=False))
     assert record["norm"] == "BN()"
-    assert record["key"] == run_key(CONFIG, DATA)
+    assert record["key"] == run_key(Classify(CONFIG, DATA))
     assert {"machine", "versions", "commit", "date", "seconds"} <= set(record)
     assert first.accuracy > 90
     assert len(first.curve) == 3
@@ -65,21 +66,21 @@ def test_runs_of_a_seed_are_paired_across_methods(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch, "randperm", recorded)
     for method, batch in (("bn", 32), ("gn", 2), ("cbn", 2)):
         config = replace(CONFIG, method=method, batch=batch, epochs=1)
-        weights.append(torch.cat([p.detach().flatten() for p in build_model(config, DATA).parameters()]))
-        train_run(config, DATA)
+        weights.append(torch.cat([p.detach().flatten() for p in Classify(config, DATA).build().parameters()]))
+        train_run(Classify(config, DATA))
     assert torch.equal(weights[0], weights[1])
     assert torch.equal(weights[0], weights[2])
     assert torch.equal(orders[0], orders[1])
     assert torch.equal(orders[0], orders[2])
-    other = build_model(replace(CONFIG, seed=1), DATA)
+    other = Classify(replace(CONFIG, seed=1), DATA).build()
     assert not torch.equal(weights[0], torch.cat([p.detach().flatten() for p in other.parameters()]))
 
 
 def test_accumulated_groupnorm_is_the_whole_batch() -> None:
     # GroupNorm sees one image at a time, so micro-batches change nothing but the order of sums.
-    whole, parts = (train_run(replace(CONFIG, method="gn", batch=batch), DATA) for batch in (32, 8))
+    whole, parts = (train_run(Classify(replace(CONFIG, method="gn", batch=batch), DATA)) for batch in (32, 8))
     assert parts.loss == pytest.approx(whole.loss, rel=1e-3)
-    stepped = train_run(replace(CONFIG, method="gn", batch=8, mode="step"), DATA)
+    stepped = train_run(Classify(replace(CONFIG, method="gn", batch=8, mode="step"), DATA))
     assert stepped.loss != pytest.approx(whole.loss, rel=1e-3)
 
 
@@ -92,26 +93,26 @@ def test_learning_rate_falls_along_the_cosine(monkeypatch: pytest.MonkeyPatch) -
         real(self)
 
     monkeypatch.setattr(torch.optim.SGD, "step", recorded)
-    train_run(replace(CONFIG, epochs=2, lr=0.1), DATA)
+    train_run(Classify(replace(CONFIG, epochs=2, lr=0.1), DATA))
     assert rates == pytest.approx([0.1, 0.085355, 0.05, 0.0146447], rel=1e-4)
     rates.clear()
-    train_run(replace(CONFIG, epochs=1, lr=0.1, batch=16, mode="step"), DATA)
+    train_run(Classify(replace(CONFIG, epochs=1, lr=0.1, batch=16, mode="step"), DATA))
     assert rates == pytest.approx([0.05, 0.0426777, 0.025, 0.00732233], rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["bn", "cbn"])
 def test_resume_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     config = replace(CONFIG, method=method)
-    whole = train_run(config, DATA, checkpoint=tmp_path / "whole")
+    whole = train_run(Classify(config, DATA), checkpoint=tmp_path / "whole")
 
     def stop_in_the_second_epoch(progress: training.Progress) -> None:
         if progress.images > progress.total // 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_run(config, DATA, stop_in_the_second_epoch, checkpoint=tmp_path / "parts")
+        train_run(Classify(config, DATA), stop_in_the_second_epoch, checkpoint=tmp_path / "parts")
     torch.manual_seed(999)
-    parts = train_run(config, DATA, checkpoint=tmp_path / "parts", resume=True)
+    parts = train_run(Classify(config, DATA), checkpoint=tmp_path / "parts", resume=True)
     assert outcome(parts) == outcome(whole)
     files = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", "parts")]
     assert files[0] == files[1]
@@ -120,25 +121,25 @@ def test_resume_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_resume_of_what_is_not_there_or_another(tmp_path: Path) -> None:
     with pytest.raises(AnybatchError, match="has no checkpoint to resume"):
-        train_run(CONFIG, DATA, checkpoint=tmp_path, resume=True)
-    train_run(replace(CONFIG, epochs=1), DATA, checkpoint=tmp_path)
+        train_run(Classify(CONFIG, DATA), checkpoint=tmp_path, resume=True)
+    train_run(Classify(replace(CONFIG, epochs=1), DATA), checkpoint=tmp_path)
     with pytest.raises(AnybatchError, match="was trained with epochs=1, not 3"):
-        train_run(CONFIG, DATA, checkpoint=tmp_path, resume=True)
+        train_run(Classify(CONFIG, DATA), checkpoint=tmp_path, resume=True)
     with pytest.raises(AnybatchError, match="have changed"):
-        train_run(replace(CONFIG, epochs=1), lab_fakes.dataset(96), checkpoint=tmp_path, resume=True)
+        train_run(Classify(replace(CONFIG, epochs=1), lab_fakes.dataset(96)), checkpoint=tmp_path, resume=True)
     (tmp_path / "training.pt").write_bytes(b"cut short")
     with pytest.raises(AnybatchError, match="is damaged"):
-        train_run(replace(CONFIG, epochs=1), DATA, checkpoint=tmp_path, resume=True)
+        train_run(Classify(replace(CONFIG, epochs=1), DATA), checkpoint=tmp_path, resume=True)
 
 
 def test_divergence_is_a_result() -> None:
-    result = train_run(replace(CONFIG, lr=1e30), DATA)
+    result = train_run(Classify(replace(CONFIG, lr=1e30), DATA))
     assert (result.status, result.accuracy, result.loss) == ("diverged", None, None)
     json.dumps(result.record(), allow_nan=False)
 
 
 def test_burn_in_as_a_share_of_the_forwards() -> None:
-    config = RunConfig(method="cbn-paper(burn_in_steps='1/3')", batch=1, epochs=3)
+    config = ClassifyConfig(method="cbn-paper(burn_in_steps='1/3')", batch=1, epochs=3)
     assert config.resolved_method(6000) == "cbn-paper(burn_in_steps=5984)"  # 3 * 187 * 32 / 3
     assert replace(config, batch=4).resolved_method(6000) == "cbn-paper(burn_in_steps=1496)"
     assert "burn_in_steps=5984" in repr(config.norm(6000))
@@ -146,7 +147,7 @@ def test_burn_in_as_a_share_of_the_forwards() -> None:
 
 def test_key_names_configuration_method_and_data() -> None:
     keys = {
-        run_key(config, data)
+        run_key(Classify(config, data))
         for config, data in [
             (CONFIG, DATA),
             (replace(CONFIG, seed=1), DATA),
@@ -155,7 +156,7 @@ def test_key_names_configuration_method_and_data() -> None:
         ]
     }
     assert len(keys) == 4
-    assert run_key(CONFIG, DATA) == run_key(replace(CONFIG), lab_fakes.dataset())
+    assert run_key(Classify(CONFIG, DATA)) == run_key(Classify(replace(CONFIG), lab_fakes.dataset()))
 
 
 @pytest.mark.parametrize(
@@ -174,24 +175,24 @@ def test_configurations_that_do_not_fit(change: dict[str, object], message: str)
 
 
 def test_run_that_does_not_fit_the_data_or_machine() -> None:
-    with pytest.raises(AnybatchError, match="20 training images do not fill one gradient batch of 32"):
-        train_run(CONFIG, lab_fakes.dataset(20))
+    with pytest.raises(AnybatchError, match="20 training examples do not fill one gradient batch of 32"):
+        train_run(Classify(CONFIG, lab_fakes.dataset(20)))
     with pytest.raises(AnybatchError, match="device 'nonsense' cannot be used"):
-        train_run(replace(CONFIG, device="nonsense"), DATA)
+        train_run(Classify(replace(CONFIG, device="nonsense"), DATA))
 
 
 def test_a_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
-    train_run(replace(CONFIG, epochs=1), DATA, checkpoint=tmp_path)
+    train_run(Classify(replace(CONFIG, epochs=1), DATA), checkpoint=tmp_path)
     kept = (tmp_path / "training.pt").read_bytes()
     with pytest.raises(AnybatchError, match=r"holds a checkpoint.*--resume"):
-        train_run(replace(CONFIG, epochs=1), DATA, checkpoint=tmp_path)
+        train_run(Classify(replace(CONFIG, epochs=1), DATA), checkpoint=tmp_path)
     assert (tmp_path / "training.pt").read_bytes() == kept
 
 
 def test_norm_weight_decay_reaches_the_optimizer_and_the_key() -> None:
     """Decay strong enough to be seen in the outcome; keys of runs without it stay as they were."""
     strong = replace(CONFIG, weight_decay=0.3, epochs=1)
-    results = [train_run(c, DATA) for c in (strong, replace(strong, norm_weight_decay=0.3))]
+    results = [train_run(Classify(c, DATA)) for c in (strong, replace(strong, norm_weight_decay=0.3))]
     assert outcome(results[0]) != outcome(results[1])
     assert results[0].key != results[1].key
     assert "norm_weight_decay" not in strong.facts()
@@ -206,4 +207,4 @@ def test_keys_of_earlier_runs_still_name_them() -> None:
         dataset = SimpleNamespace(train_images=range(run["config"]["train_images"]), fingerprint=run["fingerprint"])
         # CBN's default is no ring any more; the form as released still is.
         same = not run["norm"].startswith("CBN(") or "gradient='current'" in run["norm"]
-        assert (run_key(RunConfig(**run["config"]), dataset) == run["key"]) is same
+        assert (run_key(Classify(ClassifyConfig(**run["config"]), dataset)) == run["key"]) is same

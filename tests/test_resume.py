@@ -12,7 +12,8 @@ from torch import nn
 
 import anybatch as ab
 from anybatch.errors import AnybatchError
-from anybatch.lab.config import RunConfig
+from anybatch.lab.classify import Classify
+from anybatch.lab.config import ClassifyConfig
 from anybatch.lab.networks import NETWORKS, small_resnet
 from anybatch.lab.schedule import Order, Schedule
 from anybatch.lab.training import Stopped, train_run
@@ -22,7 +23,7 @@ from .lab_children import STEP, assert_same, state, train, train_together
 from .tolerances import REORDERED
 
 DATA = lab_fakes.dataset(96)
-CONFIG = RunConfig(method="cbn(window=3)", batch=8, epochs=2, lr=0.05)
+CONFIG = ClassifyConfig(method="cbn(window=3)", batch=8, epochs=2, lr=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +57,13 @@ def after(steps: int):
 def test_every_method_resumes_in_mid_epoch(tmp_path: Path, name: str) -> None:
     """Weights, running statistics, history, optimizer, random numbers, losses: bit for bit, wherever it stopped."""
     config = replace(CONFIG, method=ab.METHODS[name].trial)
-    train_run(config, DATA, checkpoint=tmp_path / "whole")
+    train_run(Classify(config, DATA), checkpoint=tmp_path / "whole")
     with pytest.raises(Stopped):
-        train_run(config, DATA, checkpoint=tmp_path / "parts", stop=after(1))
+        train_run(Classify(config, DATA), checkpoint=tmp_path / "parts", stop=after(1))
     torch.manual_seed(999)
     with pytest.raises(Stopped):
-        train_run(config, DATA, checkpoint=tmp_path / "parts", stop=after(3), resume=True)
-    train_run(config, DATA, checkpoint=tmp_path / "parts", resume=True)
+        train_run(Classify(config, DATA), checkpoint=tmp_path / "parts", stop=after(3), resume=True)
+    train_run(Classify(config, DATA), checkpoint=tmp_path / "parts", resume=True)
     assert_same(state(tmp_path / "parts"), state(tmp_path / "whole"))
 
 
@@ -70,20 +71,20 @@ def test_random_numbers_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """A network with dropout sees the masks that it would have seen."""
     monkeypatch.setitem(NETWORKS, "dropping", lambda *shape: nn.Sequential(small_resnet(*shape), nn.Dropout(0.3)))
     config = replace(CONFIG, network="dropping")
-    train_run(config, DATA, checkpoint=tmp_path / "whole")
+    train_run(Classify(config, DATA), checkpoint=tmp_path / "whole")
     with pytest.raises(Stopped):
-        train_run(config, DATA, checkpoint=tmp_path / "parts", stop=after(2))
-    train_run(config, DATA, checkpoint=tmp_path / "parts", resume=True)
+        train_run(Classify(config, DATA), checkpoint=tmp_path / "parts", stop=after(2))
+    train_run(Classify(config, DATA), checkpoint=tmp_path / "parts", resume=True)
     assert_same(state(tmp_path / "parts"), state(tmp_path / "whole"))
 
 
 def test_steps_of_single_micro_batches_resume(tmp_path: Path) -> None:
     config = replace(CONFIG, mode="step")
-    train_run(config, DATA, checkpoint=tmp_path / "whole")
+    train_run(Classify(config, DATA), checkpoint=tmp_path / "whole")
     with pytest.raises(Stopped) as stopped:
-        train_run(config, DATA, checkpoint=tmp_path / "parts", stop=after(5))
+        train_run(Classify(config, DATA), checkpoint=tmp_path / "parts", stop=after(5))
     assert stopped.value.done.images == 40
-    train_run(config, DATA, checkpoint=tmp_path / "parts", resume=True)
+    train_run(Classify(config, DATA), checkpoint=tmp_path / "parts", resume=True)
     assert_same(state(tmp_path / "parts"), state(tmp_path / "whole"))
 
 
@@ -96,7 +97,9 @@ def test_saves_every_so_many_steps(tmp_path: Path) -> None:
         there = [state(tmp_path / "run", name) for name in names if (tmp_path / "run" / name).exists()]
         saved.append([each["counters"]["images"] // 32 for each in there])
 
-    train_run(CONFIG, DATA, look, checkpoint=tmp_path / "run", save_every=2)  # called after a step, before its save
+    train_run(
+        Classify(CONFIG, DATA), look, checkpoint=tmp_path / "run", save_every=2
+    )  # called after a step, before its save
     assert saved == [[], [], [2], [2, 3], [3, 4], [3, 4]]
     assert state(tmp_path / "run")["counters"]["images"] == 192
     assert state(tmp_path / "run", "training.previous.pt")["counters"]["images"] == 128
@@ -217,5 +220,5 @@ def test_another_number_of_processes_drops_the_history_and_says_so(tmp_path: Pat
 
 
 def test_processes_that_do_not_divide_the_gradient_batch() -> None:
-    with pytest.raises(AnybatchError, match="3 processes with batch 4 see 12 images at once, which does not divide"):
+    with pytest.raises(AnybatchError, match="3 processes with batch 4 see 12 examples at once, which does not divide"):
         Schedule.of(replace(CONFIG, batch=4), 96, 3)

@@ -60,11 +60,11 @@ def compare(
     """
     from anybatch.lab import compare as lab
     from anybatch.lab import terminal
-    from anybatch.lab.config import RunConfig
+    from anybatch.lab.config import ClassifyConfig
     from anybatch.lab.data import BUILT_IN
 
     preset = lab.QUICK if quick else lab.FULL
-    base = RunConfig(
+    base = ClassifyConfig(
         data=data,
         train_images=preset.train_images if train_images is None and data in BUILT_IN else train_images,
         test_images=test_images,
@@ -110,9 +110,9 @@ def train(
     On several devices: torchrun --nproc-per-node 2 -m anybatch train ...
     """
     from anybatch.lab import terminal
-    from anybatch.lab.config import RunConfig
+    from anybatch.lab.config import ClassifyConfig
 
-    config = RunConfig(
+    config = ClassifyConfig(
         method=method,
         batch=batch,
         seed=seed,

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from anybatch.errors import AnybatchError
 from anybatch.lab import machine
-from anybatch.lab.config import RunConfig
-from anybatch.lab.data import Dataset
+from anybatch.lab.config import TrainConfig
 from anybatch.lab.processes import Processes
+from anybatch.lab.tasks import config_of
 from anybatch.reporting.files import write_atomically
 from anybatch.training import history_state_dict, load_history_state_dict
 
@@ -29,16 +29,17 @@ _KEYS = {"config", "fingerprint", "model", "optimizer", "counters", "processes"}
 
 @dataclass
 class Counters:
-    """How far a run has come, in images trained on, and what it has measured on the way."""
+    """How far a run has come, in examples trained on, and what it has measured on the way."""
 
     images: int = 0
     seconds: float = 0.0
     curve: list[dict[str, float | None]] = field(default_factory=list)
     train_loss: list[list[float]] = field(default_factory=list)
+    more: dict[str, float] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float | None:
-        """On the test images after the last whole epoch; None before it."""
+        """On the test examples after the last whole epoch; None before it."""
         return self.curve[-1]["accuracy"] if self.curve else None
 
 
@@ -86,13 +87,13 @@ class Checkpoints:
     Args:
         folder: to write to; made by the first `save`.
         config: of the run.
-        dataset: of the run.
+        fingerprint: of its data.
         processes: of the run; all of them call `load` and `save`, the main one writes.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, dataset: Dataset, processes: Processes) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, fingerprint: str, processes: Processes) -> None:
         self.folder, self.config, self.processes = folder, config, processes
-        self._facts = {"config": asdict(config), "fingerprint": dataset.fingerprint}
+        self._facts = {"config": config.record(), "fingerprint": fingerprint}
         self._worth_keeping = True  # training.pt, when the next one comes
 
     def refuse_to_overwrite(self) -> None:
@@ -153,7 +154,7 @@ class Checkpoints:
                 other data.
         """
         saved = self._newest(say)
-        for name, value in asdict(self.config).items():
+        for name, value in self.config.record().items():
             if saved["config"].get(name) != value:
                 raise AnybatchError(
                     f"the checkpoint in {self.folder} was trained with {name}={saved['config'].get(name)!r}, not "
@@ -161,7 +162,7 @@ class Checkpoints:
                 )
         if saved["fingerprint"] != self._facts["fingerprint"]:
             raise AnybatchError(
-                f"the images of '{self.config.data}' have changed since {self.folder} was saved: start anew"
+                f"the data of '{self.config.data}' have changed since {self.folder} was saved: start anew"
             )
         before, now = len(saved["processes"]), self.processes.count
         if before != now:
@@ -223,7 +224,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def load_model(folder: Path) -> tuple[RunConfig, dict[str, Tensor], str]:
+def load_model(folder: Path) -> tuple[TrainConfig, dict[str, Tensor], str]:
     """The configuration, the model's state and the fingerprint of its data.
 
     Raises:
@@ -231,10 +232,10 @@ def load_model(folder: Path) -> tuple[RunConfig, dict[str, Tensor], str]:
     """
     try:
         facts = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return RunConfig(**facts["config"]), safetensors.torch.load_file(folder / MODEL), facts["fingerprint"]
+        return config_of(facts["config"]), safetensors.torch.load_file(folder / MODEL), facts["fingerprint"]
     except FileNotFoundError as error:
         raise AnybatchError(
             f"{folder} has no checkpoint ({error.filename}): give an --out of anybatch train"
         ) from error
-    except Exception as error:  # json, safetensors and RunConfig each have their own
+    except Exception as error:  # json, safetensors and the configuration each have their own
         raise AnybatchError(f"the checkpoint in {folder} is damaged ({error}): train anew") from error

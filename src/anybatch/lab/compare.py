@@ -6,12 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from anybatch.lab import machine
-from anybatch.lab.config import RunConfig
-from anybatch.lab.data import Dataset, load
+from anybatch.lab.config import TrainConfig
 from anybatch.lab.display import Display
-from anybatch.lab.networks import all_methods, check_network
 from anybatch.lab.results import Results
 from anybatch.lab.summary import REFERENCE, is_reference
+from anybatch.lab.tasks import open_task
 from anybatch.lab.training import RunResult, run_key
 from anybatch.lab.workers import Advanced, Failed, Finished, Started, run_all
 from anybatch.methods import METHODS
@@ -46,25 +45,25 @@ class Outcome:
     """
 
     results: list[RunResult]
-    failures: list[tuple[RunConfig, str]] = field(default_factory=list)
+    failures: list[tuple[TrainConfig, str]] = field(default_factory=list)
     reused: int = 0
     interrupted: bool = False
 
 
-def plan(base: RunConfig, methods: Sequence[str], batches: Sequence[int], seeds: int) -> list[RunConfig]:
+def plan(base: TrainConfig, methods: Sequence[str], batches: Sequence[int], seeds: int) -> list[TrainConfig]:
     """The reference and every method at every batch size, for every seed; each run once. "all" is the whole table."""
-    methods = [m for given in methods for m in (all_methods(base.network) if given.strip() == "all" else (given,))]
+    methods = [m for given in methods for m in (base.all_methods() if given.strip() == "all" else (given,))]
     pairs = dict.fromkeys([(REFERENCE, base.gradient_batch), *((m, b) for m in methods for b in batches)])
     return [replace(base, method=m, batch=b, seed=seed) for m, b in pairs for seed in range(seeds)]
 
 
-def cost(config: RunConfig) -> float:
+def cost(config: TrainConfig) -> float:
     """About how long a run takes, relative to others on the same data: images, and an overhead per forward."""
     known = METHODS.get(config.method.partition("(")[0].strip())
     return config.epochs * (known.cost if known else 1.0) * (1 + 1.3 / config.batch)
 
 
-def schedule(configs: Sequence[RunConfig]) -> list[RunConfig]:
+def schedule(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
     """The order to run in: seed by seed and the reference first, so that a part of it already compares.
 
     Within a seed the longest come first, so that the processes end together.
@@ -72,22 +71,21 @@ def schedule(configs: Sequence[RunConfig]) -> list[RunConfig]:
     return sorted(configs, key=lambda c: (c.seed, not is_reference(c), -cost(c)))
 
 
-def compare(configs: Sequence[RunConfig], folder: Path, jobs: int, display: Display) -> Outcome:
+def compare(configs: Sequence[TrainConfig], folder: Path, jobs: int, display: Display) -> Outcome:
     """Does what is not yet done of `configs`, in the order of `schedule`.
 
     Raises:
         AnybatchError: a configuration does not fit, or the results cannot be written.
     """
     machine.check_device(configs[0].device)
-    check_network(configs[0].network)
-    dataset = _load(configs[0])
-    keys = {config: run_key(config, dataset) for config in configs}
+    first = open_task(configs[0])
+    keys = {config: run_key(first.other(config)) for config in configs}
     with Results(folder) as results:
         for warning in results.warnings:
             display.warn(warning)
         todo = schedule([c for c in configs if keys[c] not in results.runs])
         outcome = Outcome([], reused=len(configs) - len(todo))
-        total = {c: c.epochs * c.updates(len(dataset.train_images)) * c.gradient_batch for c in todo}
+        total = {c: c.epochs * c.updates(first.train_count) * c.gradient_batch for c in todo}
         costs = {c: cost(c) for c in todo}
         try:
             with display.showing(total, costs, outcome.reused), closing(run_all(todo, jobs)) as events:
@@ -107,7 +105,3 @@ def compare(configs: Sequence[RunConfig], folder: Path, jobs: int, display: Disp
             outcome.interrupted = True
         outcome.results = [results.runs[keys[c]] for c in configs if keys[c] in results.runs]
     return outcome
-
-
-def _load(config: RunConfig) -> Dataset:
-    return load(config.data, config.train_images, config.test_images, config.image_size)

@@ -1,38 +1,38 @@
-"""What a run depends on."""
+"""What a run depends on: what every training takes, and what classification adds."""
 
 import re
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from anybatch.errors import AnybatchError
+from anybatch.lab import networks
 from anybatch.layers.config import NormConfig
-from anybatch.methods import parse_method
+from anybatch.methods import METHODS, parse_method
 
-__all__ = ["RunConfig"]
+__all__ = ["ClassifyConfig", "TrainConfig"]
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Everything that a run depends on, besides the pixels.
+class TrainConfig:
+    """Everything that a run depends on, besides the data itself; each task adds fields of its own.
 
     Attributes:
         method: as `anybatch.methods.parse_method` reads it; a quoted fraction such as '1/3' in it stands for that share
             of the training forwards.
-        batch: images that a normalization layer sees at once; divides `gradient_batch`.
-        train_images: only the first so many; None is all. Likewise `test_images`.
-        lr: for a gradient batch of 32; falls to 0 along a cosine over the run.
-        gradient_batch: images per update in mode "accumulate".
+        batch: examples that a normalization layer sees at once; divides `gradient_batch`.
+        lr: for a gradient batch of `lr_batch`; falls to 0 along a cosine over the run.
+        gradient_batch: examples per update in mode "accumulate".
         norm_weight_decay: of gamma towards 1 and beta towards 0; None decays them towards 0 as every parameter.
     """
+
+    task: ClassVar[str]  # its name, in records and checkpoints
+    measure: ClassVar[str]  # what the score of a run is, in percent
+    lr_batch: ClassVar[int]
 
     method: str = "cbn"
     batch: int = 1
     seed: int = 0
-    data: str = "embedded"
-    train_images: int | None = None
-    test_images: int | None = None
-    image_size: int = 64
-    network: str = "small-resnet"
+    data: str = ""
     epochs: int = 3
     lr: float = 0.1
     momentum: float = 0.9
@@ -58,24 +58,56 @@ class RunConfig:
         if self.mode not in ("accumulate", "step"):
             raise AnybatchError(f"there is no mode '{self.mode}': choose accumulate or step")
 
+    def record(self) -> dict[str, Any]:
+        """As plain values, with the name of the task; `anybatch.lab.tasks.config_of` reads it."""
+        return {"task": self.task, **asdict(self)}
+
     def facts(self) -> dict[str, Any]:
-        """The fields that name a run: options that came later count only where they are used."""
-        later = {"norm_weight_decay": None}
-        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
+        """The values that name a run: those that came later count only where they are used."""
+        later = {"norm_weight_decay": None, "task": "classify"}
+        return {name: value for name, value in self.record().items() if name not in later or value != later[name]}
 
-    def updates(self, train_images: int) -> int:
+    def updates(self, examples: int) -> int:
         """Gradient batches per epoch; the last, partial one is dropped."""
-        return train_images // self.gradient_batch
+        return examples // self.gradient_batch
 
-    def resolved_method(self, train_images: int) -> str:
-        """`method` with every quoted fraction replaced by that share of the training forwards of `train_images`."""
-        forwards = self.epochs * self.updates(train_images) * self.gradient_batch // self.batch
+    def resolved_method(self, examples: int) -> str:
+        """`method` with every quoted fraction replaced by that share of the training forwards over so many examples."""
+        forwards = self.epochs * self.updates(examples) * self.gradient_batch // self.batch
         return re.sub(r"(['\"])(\d+)/(\d+)\1", lambda m: str(forwards * int(m[2]) // int(m[3])), self.method)
 
-    def norm(self, train_images: int) -> NormConfig:
+    def all_methods(self) -> tuple[str, ...]:
+        """Every method of the table, as typed."""
+        return tuple(METHODS)
+
+    def norm(self, examples: int) -> NormConfig:
         """The configuration of the normalization layers.
 
         Raises:
             AnybatchError: there is no such method or option.
         """
-        return parse_method(self.resolved_method(train_images))
+        return parse_method(self.resolved_method(examples))
+
+
+@dataclass(frozen=True)
+class ClassifyConfig(TrainConfig):
+    """A run that trains a classifier.
+
+    Attributes:
+        train_images: only the first so many; None is all. Likewise `test_images`.
+        image_size: pixels a side that the images of a folder are resized to.
+    """
+
+    task = "classify"
+    measure = "test accuracy"
+    lr_batch = 32
+
+    data: str = "embedded"
+    train_images: int | None = None
+    test_images: int | None = None
+    image_size: int = 64
+    network: str = "small-resnet"
+
+    def all_methods(self) -> tuple[str, ...]:
+        """Every method of the table, as typed, with options that fit the network's channels."""
+        return networks.all_methods(self.network)

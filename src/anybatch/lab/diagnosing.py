@@ -21,11 +21,11 @@ from anybatch.diagnose.diagnosis import Diagnosis, Progress, diagnose
 from anybatch.diagnose.experiments import choose
 from anybatch.diagnose.report import make_folder
 from anybatch.errors import AnybatchError
-from anybatch.lab import checkpoint as checkpoints
 from anybatch.lab import machine
-from anybatch.lab.config import RunConfig
+from anybatch.lab.classify import Classify
+from anybatch.lab.config import ClassifyConfig
 from anybatch.lab.data import Dataset, load
-from anybatch.lab.training import build_model
+from anybatch.lab.trained import open_classifier
 from anybatch.methods import parse_method
 from anybatch.reporting.page import duration
 
@@ -40,7 +40,7 @@ class Case:
     """A model and its data, as named on the command line.
 
     Attributes:
-        data: as in RunConfig; likewise ``image_size`` and ``network``.
+        data: as in ClassifyConfig; likewise ``image_size`` and ``network``.
         model: "package.module:function", a function without arguments that builds the model; instead of ``network``.
         method: its BatchNorms are converted to this first.
         checkpoint: folder of `anybatch train`, instead of all of these.
@@ -70,10 +70,12 @@ class Case:
         if self.device == "cpu":
             torch.set_num_threads(1)  # as in a comparison: the same numbers
         if self.checkpoint is not None:
-            return self._trained(self.checkpoint)
+            task, model = open_classifier(self.checkpoint)
+            return model, task.dataset
         dataset = load(self.data, None, None, self.image_size)
         if self.model is None:
-            return build_model(RunConfig(self.method, network=self.network, device=self.device), dataset), dataset
+            config = ClassifyConfig(self.method, network=self.network, device=self.device)
+            return Classify(config, dataset).build(), dataset
         torch.manual_seed(0)  # the same numbers each time
         model = _built(self.model, imported(self.model))
         if not isinstance(model, nn.Module):
@@ -82,15 +84,6 @@ class Case:
         if self.method != "bn":
             convert_(model, parse_method(self.method), example_inputs=(example,))
         return model.to(self.device), dataset
-
-    def _trained(self, folder: Path) -> tuple[nn.Module, Dataset]:
-        config, state, fingerprint = checkpoints.load_model(folder)
-        dataset = load(config.data, config.train_images, config.test_images, config.image_size)
-        if fingerprint != dataset.fingerprint:
-            raise AnybatchError(f"the images of '{config.data}' have changed since {folder} was saved: train anew")
-        model = build_model(config, dataset)
-        model.load_state_dict(state)
-        return model, dataset
 
     def loader(self, dataset: Dataset) -> list[tuple[Tensor, Tensor]]:
         """The first batches of the training images.

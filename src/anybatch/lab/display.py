@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from anybatch.lab.config import RunConfig
+from anybatch.lab.config import TrainConfig
 from anybatch.lab.summary import label
 from anybatch.lab.training import Progress as RunProgress
 from anybatch.lab.training import RunResult
@@ -17,7 +17,7 @@ from anybatch.reporting.page import duration
 __all__ = ["Display", "run_name"]
 
 
-def run_name(config: RunConfig) -> str:
+def run_name(config: TrainConfig) -> str:
     """A run in a few words."""
     return f"{label(config.method)} at batch {config.batch}, seed {config.seed}"
 
@@ -29,8 +29,8 @@ class Display:
         self.console = console
         self.jobs = jobs
         self._live = console.is_terminal
-        self._bars: dict[RunConfig, TaskID] = {}
-        self._share: dict[RunConfig, float] = {}  # of each run, what is done: 0 to 1
+        self._bars: dict[TrainConfig, TaskID] = {}
+        self._share: dict[TrainConfig, float] = {}  # of each run, what is done: 0 to 1
         self._ended = 0
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -41,7 +41,9 @@ class Display:
         )
 
     @contextmanager
-    def showing(self, total: Mapping[RunConfig, int], costs: Mapping[RunConfig, float], reused: int) -> Iterator[None]:
+    def showing(
+        self, total: Mapping[TrainConfig, int], costs: Mapping[TrainConfig, float], reused: int
+    ) -> Iterator[None]:
         """For the time of the comparison: images of every run to come, what it costs, and how many runs are done."""
         self._total, self._costs = total, costs
         self._share = dict.fromkeys(total, 0.0)
@@ -62,13 +64,13 @@ class Display:
         """A line that should not be missed."""
         self.console.print(f"[yellow]Warning:[/] {escape(text)}", soft_wrap=True)
 
-    def start(self, config: RunConfig) -> None:
+    def start(self, config: TrainConfig) -> None:
         """A run begins."""
         if self._live:
             description = escape(run_name(config))
             self._bars[config] = self._progress.add_task(description, total=self._total[config], note="starts")
 
-    def advance(self, config: RunConfig, progress: RunProgress) -> None:
+    def advance(self, config: TrainConfig, progress: RunProgress) -> None:
         """A run has come further."""
         self._share[config] = progress.images / progress.total
         if self._live:
@@ -76,16 +78,16 @@ class Display:
             self._progress.update(self._bars[config], completed=progress.images, note=note)
             self._update_whole()
 
-    def finish(self, config: RunConfig, result: RunResult) -> None:
+    def finish(self, config: TrainConfig, result: RunResult) -> None:
         """A run is done and saved."""
         outcome = "diverged" if result.accuracy is None else f"{result.accuracy:5.2f} %"
         self._end(config, f"{escape(run_name(config)):<52} {outcome}  ({duration(result.seconds)})")
 
-    def fail(self, config: RunConfig, reason: str) -> None:
+    def fail(self, config: TrainConfig, reason: str) -> None:
         """A run ended with an error."""
         self._end(config, f"[red]Failed:[/] {escape(run_name(config))}: {escape(reason)}")
 
-    def _end(self, config: RunConfig, line: str) -> None:
+    def _end(self, config: TrainConfig, line: str) -> None:
         self._share[config] = 1.0
         self._ended += 1
         if self._live:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from anybatch.errors import AnybatchError
-from anybatch.lab.config import RunConfig
+from anybatch.lab.tasks import config_of
 from anybatch.lab.training import RunResult
 from anybatch.reporting.files import write_atomically
 
@@ -128,10 +128,10 @@ def _parse(line: str) -> RunResult:
     record: dict[str, Any] = json.loads(line)
     if not isinstance(record, dict):
         raise TypeError("not a JSON object")
-    names = [name for name in RunResult.__dataclass_fields__ if name not in ("config", "facts")]
+    names = [name for name in RunResult.__dataclass_fields__ if name not in ("config", "more", "facts")]
     known = {name: record.pop(name) for name in names}
-    config = RunConfig(**record.pop("config"))
-    result = RunResult(config=config, facts=record, **known)
+    config, more = config_of(record.pop("config")), record.pop("more", {})
+    result = RunResult(config=config, more=more, facts=record, **known)
     if result.status not in ("finished", "diverged") or not isinstance(result.key, str):
         raise ValueError("no status or key")
     with contextlib.suppress(TypeError):

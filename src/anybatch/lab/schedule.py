@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from anybatch.errors import AnybatchError
-from anybatch.lab.config import RunConfig
+from anybatch.lab.config import TrainConfig
 
 __all__ = ["Order", "Schedule"]
 
@@ -16,14 +16,14 @@ CURVE_POINTS = 20  # of the training loss, per epoch
 
 @dataclass(frozen=True)
 class Schedule:
-    """The run in numbers of images, all processes together.
+    """The run in numbers of examples, all processes together.
 
     Attributes:
-        epoch: images of an epoch; the last, partial gradient batch is dropped.
-        total: images of the run.
-        step: images of one step of the optimizer.
+        epoch: examples of an epoch; the last, partial gradient batch is dropped.
+        total: examples of the run.
+        step: examples of one step of the optimizer.
         micro_batches: of one step and process.
-        window: images that one point of the training loss is the mean of.
+        window: examples that one point of the training loss is the mean of.
         peak_lr: learning rate of the first step.
     """
 
@@ -35,22 +35,22 @@ class Schedule:
     peak_lr: float
 
     @classmethod
-    def of(cls, config: RunConfig, train_images: int, processes: int) -> "Schedule":
+    def of(cls, config: TrainConfig, examples: int, processes: int) -> "Schedule":
         """The schedule of a configuration.
 
         Raises:
-            AnybatchError: the images do not fill a gradient batch, or the processes do not divide it.
+            AnybatchError: the examples do not fill a gradient batch, or the processes do not divide it.
         """
-        updates, gradient_batch = config.updates(train_images), config.gradient_batch
+        updates, gradient_batch = config.updates(examples), config.gradient_batch
         if updates == 0:
             raise AnybatchError(
-                f"{train_images} training images do not fill one gradient batch of {gradient_batch}: give more images"
+                f"{examples} training examples do not fill one gradient batch of {gradient_batch}: give more"
             )
         together = config.batch * processes
         if gradient_batch % together:
             raise AnybatchError(
-                f"{processes} processes with batch {config.batch} see {together} images at once, which does not divide "
-                f"the gradient batch {gradient_batch}: choose another --batch, or another number of processes"
+                f"{processes} processes with batch {config.batch} see {together} examples at once, which does not "
+                f"divide the gradient batch {gradient_batch}: choose another --batch, or another number of processes"
             )
         step = gradient_batch if config.mode == "accumulate" else together
         return cls(
@@ -59,7 +59,7 @@ class Schedule:
             step=step,
             micro_batches=step // together,
             window=max(1, updates // CURVE_POINTS) * gradient_batch,
-            peak_lr=config.lr * step / 32,
+            peak_lr=config.lr * step / config.lr_batch,
         )
 
     def lr(self, images: int) -> float:

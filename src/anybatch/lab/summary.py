@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from anybatch.lab.config import RunConfig
+from anybatch.lab.config import TrainConfig
 from anybatch.lab.statistics import Estimate, estimate
 from anybatch.lab.training import RunResult
 from anybatch.methods import METHODS
@@ -76,7 +76,7 @@ class Summary:
         return min((row.batch for row in self.rows if not row.is_reference), default=None)
 
 
-def is_reference(config: RunConfig) -> bool:
+def is_reference(config: TrainConfig) -> bool:
     """Whether a run is BatchNorm at the full gradient batch."""
     return config.method == REFERENCE and config.batch == config.gradient_batch
 

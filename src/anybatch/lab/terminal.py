@@ -14,19 +14,19 @@ from rich.table import Table
 
 from anybatch.lab import compare as comparison
 from anybatch.lab import machine, weighing
-from anybatch.lab.config import RunConfig
-from anybatch.lab.data import load
+from anybatch.lab.config import TrainConfig
 from anybatch.lab.display import Display, run_name
 from anybatch.lab.interruption import Interruption
 from anybatch.lab.processes import joined
 from anybatch.lab.report import difference_text, estimate_text, write_report
 from anybatch.lab.summary import Summary, summarise
+from anybatch.lab.tasks import open_task
 from anybatch.lab.training import Progress, RunResult, Stopped, train_run
 
 __all__ = ["compare", "train", "weigh"]
 
 
-def compare(configs: Sequence[RunConfig], folder: Path, jobs: int | None, command: str, console: Console) -> int:
+def compare(configs: Sequence[TrainConfig], folder: Path, jobs: int | None, command: str, console: Console) -> int:
     """Compares, writes the report, prints the table.
 
     Returns:
@@ -59,7 +59,7 @@ def compare(configs: Sequence[RunConfig], folder: Path, jobs: int | None, comman
 
 
 def train(
-    config: RunConfig, folder: Path, resume: bool, save_every: int | None, arguments: Sequence[str], console: Console
+    config: TrainConfig, folder: Path, resume: bool, save_every: int | None, arguments: Sequence[str], console: Console
 ) -> int:
     """Trains one configuration with a checkpoint folder, and prints what came of it.
 
@@ -79,15 +79,14 @@ def train(
     """
     if config.device == "cpu":
         torch.set_num_threads(1)  # as in a comparison: the same numbers
-    dataset = load(config.data, config.train_images, config.test_images, config.image_size)
+    task = open_task(config)
     with joined(config.device) as processes:
         if not processes.is_main:
             console = Console(quiet=True)
         with Interruption() as interruption, _progress(console, run_name(config)) as show:
             try:
                 result = train_run(
-                    config,
-                    dataset,
+                    task,
                     show,
                     checkpoint=folder,
                     resume=resume,
@@ -169,7 +168,7 @@ def _cores() -> int:
     return int(machine.machine()["cores"])
 
 
-def _missing(configs: Sequence[RunConfig], outcome: "comparison.Outcome") -> list[str]:
+def _missing(configs: Sequence[TrainConfig], outcome: "comparison.Outcome") -> list[str]:
     reasons = dict(outcome.failures)
     done = {result.config for result in outcome.results}
     return [

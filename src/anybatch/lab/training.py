@@ -1,41 +1,38 @@
-"""One training run: a network, a method, a batch size, a seed -> accuracy, curves and the facts to reproduce them.
+"""One training run: a task, a method, a batch size, a seed -> a score, curves and the facts to reproduce them.
 
-Every layer sees `batch` images at a time. Below the gradient batch (32), either gradients are accumulated, so that
-every batch size makes the same updates (mode "accumulate"), or each micro-batch makes its own step at lr * batch / 32
-(mode "step"). Runs of one seed share initial weights and the order of the images, whatever the method: they are paired.
+Every layer sees `batch` examples at a time. Below the gradient batch, either gradients are accumulated, so that every
+batch size makes the same updates (mode "accumulate"), or each micro-batch makes its own step at a learning rate in
+proportion (mode "step"). Runs of one seed share initial weights and the order of the examples, whatever the method:
+they are paired.
 """
 
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybatch.convert import convert_
 from anybatch.errors import AnybatchError
-from anybatch.lab import machine, networks
+from anybatch.lab import machine
 from anybatch.lab.checkpoint import Checkpoints, Counters, State
-from anybatch.lab.config import RunConfig
-from anybatch.lab.data import Dataset
+from anybatch.lab.config import TrainConfig
 from anybatch.lab.processes import ALONE, Processes
 from anybatch.lab.schedule import Order, Schedule
+from anybatch.lab.task import Scores, Task
 from anybatch.training import attach, param_groups
 
-__all__ = ["Progress", "RunConfig", "RunResult", "Stopped", "build_model", "evaluate", "run_key", "train_run"]
-
-EVALUATION_BATCH = 500
+__all__ = ["Progress", "RunResult", "Stopped", "run_key", "train_run"]
 
 
 class Progress(NamedTuple):
-    """Where a run stands: images trained on, of how many, and the last test accuracy, if one was taken."""
+    """Where a run stands: examples trained on, of how many, and the last score, if one was taken."""
 
     images: int
     total: int
@@ -60,14 +57,16 @@ class RunResult:
 
     Attributes:
         status: "diverged" if a loss was not finite: the run ended there, and `accuracy` is None.
-        accuracy: on the test images, in evaluation mode, after the last epoch; in percent. Likewise `loss`.
-        train_accuracy: on the training images, in evaluation mode, after the last epoch; in percent.
-        curve: per epoch, {"epoch", "accuracy", "loss"} on the test images.
+        accuracy: the task's score on the test examples, in evaluation mode, after the last epoch; in percent. Likewise
+            `loss`.
+        train_accuracy: on the training examples, where the task measures them.
+        curve: per epoch, {"epoch", "accuracy", "loss"} on the test examples.
         train_loss: means of 1/20 epoch each, in training mode, as [epochs, loss].
+        more: further measures of the task on the test examples, in percent.
     """
 
     key: str
-    config: RunConfig
+    config: TrainConfig
     norm: str
     status: Literal["finished", "diverged"]
     accuracy: float | None
@@ -77,40 +76,30 @@ class RunResult:
     curve: list[dict[str, float | None]]
     train_loss: list[list[float]]
     fingerprint: str
+    more: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """The run as plain values, for JSON."""
-        record = asdict(self)
-        facts: dict[str, Any] = record.pop("facts")
-        return record | facts
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "facts"}
+        return own | {"config": self.config.record()} | self.facts
 
 
-def run_key(config: RunConfig, dataset: Dataset) -> str:
+def run_key(task: Task[TrainConfig]) -> str:
     """Sixteen hexadecimal digits that name a run: configuration, what its method resolves to, and the data."""
-    norm = repr(config.norm(len(dataset.train_images)))
+    norm = task.norm()
     for later in (
         ", sync=False",
         ", kind='ring', positions=16, storage='full', refresh=2",
         ", refresh=1",
     ):  # options as they were before they came
         norm = norm.replace(later, "")
-    facts = [config.facts(), norm, dataset.fingerprint]
+    facts = [task.config.facts(), norm, task.fingerprint]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def build_model(config: RunConfig, dataset: Dataset) -> nn.Module:
-    """The network with its method, initialised from the seed, on its device, in training mode."""
-    torch.manual_seed(config.seed)
-    model = networks.build(config.network, len(dataset.classes), dataset.train_images.shape[1])
-    example = dataset.normalise(dataset.train_images[:2])
-    convert_(model, config.norm(len(dataset.train_images)), example_inputs=(example,))
-    return model.to(config.device).train()
-
-
 def train_run(
-    config: RunConfig,
-    dataset: Dataset,
+    task: Task[TrainConfig],
     progress: Callable[[Progress], None] | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
@@ -118,12 +107,13 @@ def train_run(
     stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda line: None,
     processes: Processes = ALONE,
+    watch: Callable[[int, Mapping[str, float]], None] = lambda seen, values: None,
+    finish: Callable[[nn.Module], None] = lambda model: None,
 ) -> RunResult:
     """Trains once and measures.
 
     Args:
-        config: what to train.
-        dataset: what to train on.
+        task: what to train, on what.
         progress: called after every step.
         checkpoint: a folder to save to after every epoch.
         resume: go on from `checkpoint`, exactly as if never stopped.
@@ -132,19 +122,23 @@ def train_run(
         say: told, in a line each, what of the checkpoint could not be had.
         processes: that train together, each of them calling this with the same arguments. The main one's result
             counts; the others evaluate nothing.
+        watch: told the training loss and every measure by name as they are taken, after so many examples, in the main
+            process.
+        finish: given the trained model, in the main process.
 
     Raises:
         AnybatchError: the configuration does not fit the machine or the data, or the checkpoint the configuration.
         Stopped: `stop` said so, in one of the processes; all of it is saved, if there is a `checkpoint`.
     """
+    config = task.config
     machine.check_device(config.device)
-    schedule = Schedule.of(config, len(dataset.train_images), processes.count)
-    order = Order(config.seed, len(dataset.train_images), schedule.epoch)
-    model = build_model(config, dataset)
+    schedule = Schedule.of(config, task.train_count, processes.count)
+    order = Order(config.seed, task.train_count, schedule.epoch)
+    model = task.build()
     optimizer = torch.optim.SGD(_groups(model, config), lr=schedule.peak_lr, momentum=config.momentum)
     attach(model, optimizer)
     state = State(model, optimizer)
-    checkpoints = None if checkpoint is None else Checkpoints(checkpoint, config, dataset, processes)
+    checkpoints = None if checkpoint is None else Checkpoints(checkpoint, config, task.fingerprint, processes)
     if checkpoints is not None:
         if resume:
             checkpoints.load(state, say)
@@ -167,7 +161,8 @@ def train_run(
         indices = processes.part(order.after(done.images, schedule.step))
         for group in optimizer.param_groups:
             group["lr"] = schedule.lr(done.images)
-        state.losses += _step(shared, optimizer, dataset, indices, config.device, schedule.micro_batches, processes)
+        batches = task.batches(indices, schedule.micro_batches, done.images)
+        state.losses += _step(task, shared, optimizer, batches, processes)
         done.images += schedule.step
         if schedule.ends_window(done.images):
             mean_loss = processes.mean(float(torch.stack(state.losses).mean()))
@@ -176,11 +171,16 @@ def train_run(
             if diverged:
                 break
             done.train_loss.append([round(done.images / schedule.epoch, 4), round(mean_loss, 5)])
+            if processes.is_main:
+                watch(done.images, {"train loss": mean_loss})
         if progress is not None:
             progress(Progress(done.images, schedule.total, done.accuracy))
         if schedule.ends_epoch(done.images):
-            accuracy, test_loss = evaluate(model, dataset, "test", config.device) if processes.is_main else (None, None)
-            done.curve.append({"epoch": len(done.curve) + 1, "accuracy": accuracy, "loss": test_loss})
+            scores = task.evaluate(model, "test") if processes.is_main else Scores(None)
+            done.curve.append({"epoch": len(done.curve) + 1, "accuracy": scores.score, "loss": scores.loss})
+            done.more = scores.more
+            if processes.is_main:
+                watch(done.images, _named(config, scores))
         done.seconds = time.perf_counter() - started
         stopping = processes.any(stop()) and done.images < schedule.total
         due = save_every is not None and done.images // schedule.step % save_every == 0
@@ -190,18 +190,22 @@ def train_run(
             raise Stopped(done)
 
     measured = processes.is_main and not diverged
+    train_score = task.evaluate(model, "train").score if measured else None
+    if measured:
+        finish(model)
     return RunResult(
-        key=run_key(config, dataset),
+        key=run_key(task),
         config=config,
-        norm=repr(config.norm(len(dataset.train_images))),
+        norm=task.norm(),
         status="diverged" if diverged else "finished",
         accuracy=None if diverged else done.accuracy,
         loss=None if diverged else done.curve[-1]["loss"],
-        train_accuracy=evaluate(model, dataset, "train", config.device)[0] if measured else None,
+        train_accuracy=train_score,
         seconds=round(time.perf_counter() - started, 3),
         curve=done.curve,
         train_loss=done.train_loss,
-        fingerprint=dataset.fingerprint,
+        fingerprint=task.fingerprint,
+        more=done.more,
         facts={
             "machine": machine.machine(config.device),
             "versions": machine.versions(),
@@ -211,49 +215,31 @@ def train_run(
     )
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, dataset: Dataset, split: Literal["train", "test"], device: str
-) -> tuple[float, float | None]:
-    """Accuracy in percent and mean loss (None if not finite) of `model` in evaluation mode."""
-    images, labels = (
-        (dataset.train_images, dataset.train_labels) if split == "train" else (dataset.test_images, dataset.test_labels)
-    )
-    model.eval()
-    correct, loss = 0.0, 0.0
-    for start in range(0, len(labels), EVALUATION_BATCH):
-        y = labels[start : start + EVALUATION_BATCH].to(device)
-        logits = model(dataset.normalise(images[start : start + EVALUATION_BATCH].to(device)))
-        correct += float((logits.argmax(1) == y).sum())
-        loss += float(F.cross_entropy(logits, y, reduction="sum"))
-    mean_loss = loss / len(labels)
-    return round(100 * correct / len(labels), 4), round(mean_loss, 5) if math.isfinite(mean_loss) else None
+def _named(config: TrainConfig, scores: Scores) -> dict[str, float]:
+    values = {config.measure: scores.score, "test loss": scores.loss, **scores.more}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def _groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     if config.norm_weight_decay is None:
         return [{"params": list(model.parameters()), "weight_decay": config.weight_decay}]
     return param_groups(model, config.weight_decay, config.norm_weight_decay)
 
 
 def _step(
+    task: Task[TrainConfig],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    dataset: Dataset,
-    indices: Tensor,
-    device: str,
-    micro_batches: int,
+    batches: list[Any],
     processes: Processes,
 ) -> list[Tensor]:
     """One step of the optimizer; the losses of its micro-batches."""
-    images = dataset.normalise(dataset.train_images[indices].to(device)).chunk(micro_batches)
-    labels = dataset.train_labels[indices].to(device).chunk(micro_batches)
     optimizer.zero_grad()
     losses = []
-    for before_last, x, y in zip(reversed(range(micro_batches)), images, labels, strict=True):
-        with processes.gradients(model, send=not before_last):
-            loss = F.cross_entropy(model(x), y)
-            torch.autograd.backward(loss / micro_batches)
+    for place, batch in enumerate(batches, 1):
+        with processes.gradients(model, send=place == len(batches)):
+            loss = task.loss(model, batch)
+            torch.autograd.backward(loss / len(batches))
         losses.append(loss.detach())
     optimizer.step()
     return losses

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from anybatch.errors import AnybatchError
 from anybatch.inference import tune_example_weight
-from anybatch.lab import checkpoint as checkpoints
-from anybatch.lab.config import RunConfig
-from anybatch.lab.data import load
-from anybatch.lab.training import EVALUATION_BATCH, build_model
+from anybatch.lab.classify import EVALUATION_BATCH
+from anybatch.lab.config import ClassifyConfig
+from anybatch.lab.trained import open_classifier
 from anybatch.reporting.files import write_atomically
 
 __all__ = ["Weighing", "weigh"]
@@ -31,7 +30,7 @@ class Weighing:
         test: accuracy on the second half, by alpha.
     """
 
-    config: RunConfig
+    config: ClassifyConfig
     alpha: float
     validation: dict[float, float]
     test: dict[float, float]
@@ -43,14 +42,10 @@ def weigh(folder: Path) -> Weighing:
     Raises:
         AnybatchError: there is no checkpoint, its images have changed, or its model cannot be weighed.
     """
-    config, model_state, fingerprint = checkpoints.load_model(folder)
-    dataset = load(config.data, config.train_images, config.test_images, config.image_size)
-    if fingerprint != dataset.fingerprint:
-        raise AnybatchError(f"the images of '{config.data}' have changed since {folder} was saved: train anew")
+    task, model = open_classifier(folder)
+    config, dataset = task.config, task.dataset
     if config.device == "cpu":
         torch.set_num_threads(1)
-    model = build_model(config, dataset)
-    model.load_state_dict(model_state)
     half = len(dataset.test_labels) // 2
 
     def batches(start: int, end: int) -> list[tuple[Tensor, Tensor]]:

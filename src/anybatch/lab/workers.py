@@ -7,16 +7,15 @@ import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 import torch
 
 from anybatch.errors import AnybatchError
-from anybatch.lab.config import RunConfig
-from anybatch.lab.data import Dataset, load
+from anybatch.lab.config import TrainConfig
 from anybatch.lab.interruption import Interruption
+from anybatch.lab.tasks import open_task
 from anybatch.lab.training import Progress, RunResult, train_run
 
 __all__ = ["Advanced", "Event", "Failed", "Finished", "Started", "run_all"]
@@ -28,14 +27,14 @@ REPORT_EVERY = 0.25  # seconds
 class Started:
     """A worker took the run."""
 
-    config: RunConfig
+    config: TrainConfig
 
 
 @dataclass(frozen=True)
 class Advanced:
     """The run has come this far."""
 
-    config: RunConfig
+    config: TrainConfig
     progress: Progress
 
 
@@ -43,7 +42,7 @@ class Advanced:
 class Finished:
     """The run is done."""
 
-    config: RunConfig
+    config: TrainConfig
     result: RunResult
 
 
@@ -51,14 +50,14 @@ class Finished:
 class Failed:
     """The run ended with an error, or its process was killed."""
 
-    config: RunConfig
+    config: TrainConfig
     reason: str
 
 
 Event = Started | Advanced | Finished | Failed
 
 
-def run_all(configs: Sequence[RunConfig], jobs: int) -> Generator[Event]:
+def run_all(configs: Sequence[TrainConfig], jobs: int) -> Generator[Event]:
     """Runs `configs` in their order, `jobs` at a time. Closing the iterator stops the workers."""
     waiting = deque(configs)
     workers: dict[Connection, _Worker] = {}
@@ -104,9 +103,9 @@ class _Worker:
         if interruption.signal is not None:
             signal.raise_signal(interruption.signal)
         self.died = False
-        self.config: RunConfig | None = None
+        self.config: TrainConfig | None = None
 
-    def give(self, config: RunConfig) -> Started:
+    def give(self, config: TrainConfig) -> Started:
         self.config = config
         with contextlib.suppress(BrokenPipeError):  # it has died: `receive` will say so
             self.connection.send(config)
@@ -142,7 +141,7 @@ def _work(connection: Connection) -> None:
             connection.send(_run(config, connection))
 
 
-def _run(config: RunConfig, connection: Connection) -> Event:
+def _run(config: TrainConfig, connection: Connection) -> Event:
     reported = time.monotonic()
 
     def report(progress: Progress) -> None:
@@ -152,16 +151,10 @@ def _run(config: RunConfig, connection: Connection) -> Event:
             connection.send(Advanced(config, progress))
 
     try:
-        dataset = _load(config.data, config.train_images, config.test_images, config.image_size)
-        return Finished(config, train_run(config, dataset, report))
+        return Finished(config, train_run(open_task(config), report))
     except (BrokenPipeError, ConnectionResetError):
         raise
     except AnybatchError as error:
         return Failed(config, str(error))
     except Exception as error:  # whatever a run meets, the others go on
         return Failed(config, f"{type(error).__name__}: {error}")
-
-
-@lru_cache(maxsize=1)
-def _load(data: str, train_images: int | None, test_images: int | None, image_size: int) -> Dataset:
-    return load(data, train_images, test_images, image_size)
