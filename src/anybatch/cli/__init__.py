@@ -9,6 +9,7 @@ if missing := [
     sys.stderr.write(f"Error: the command line needs {', '.join(missing)}: pip install 'anybatch[lab]'\n")
     raise SystemExit(2)
 
+from anybatch.cli import detect as detect
 from anybatch.cli import measure as measure
 from anybatch.cli import train as train
 from anybatch.cli.app import app as app

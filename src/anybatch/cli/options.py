@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 __all__ = [
-    *("Batches", "Checkpoint", "Data", "Device", "GradientMode", "ImageSize", "LearningRate", "MethodName"),
-    *("MicroBatches", "Mode", "Model", "Network", "NormWeightDecay", "TestImages", "TrainImages", "TrainingRate"),
+    *("Batches", "Checkpoint", "Compare", "Data", "Device", "DryRun", "Epochs", "GradientBatch", "GradientMode"),
+    *("ImageSize", "Jobs", "LearningRate", "MethodName", "Methods", "MicroBatches", "Mode", "Model", "Network"),
+    *("NormBatches", "NormWeightDecay", "Recipe", "Resume", "SaveEvery", "Seed", "Seeds", "TaskMode", "TaskRate"),
+    *("TestImages", "TrainImages", "TrainingRate", "WeightDecay"),
 ]
 
 
@@ -49,3 +51,57 @@ Checkpoint = Annotated[
 Batches = Annotated[int, typer.Option(min=1, help="Batches to measure on.")]
 MicroBatches = Annotated[int, typer.Option(min=1, help="Batches whose gradients make one step of the optimizer.")]
 TrainingRate = Annotated[float, typer.Option(help="Learning rate of your training.")]
+
+# Of detect and segment. Where nothing is said, the task's own default counts, or the recipe's.
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        help="As 'anybatch methods' lists them, with options: 'cbn(window=16)'; with --compare, repeat for several.",
+        show_default="cbn; with --compare several",
+    ),
+]
+NormBatches = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--batch",
+        help="Examples a layer sees at once; divides the gradient batch; with --compare, repeat for several.",
+        show_default="1; with --compare 1, 2 and 4",
+    ),
+]
+Compare = Annotated[bool, typer.Option("--compare", help="Train with every method at every batch size, and compare.")]
+Seed = Annotated[int, typer.Option(help="Of the initial weights and of the order of the examples.")]
+Seeds = Annotated[
+    int | None, typer.Option(min=1, help="With --compare: runs of each; intervals need at least 2.", show_default="1")
+]
+Epochs = Annotated[
+    int | None, typer.Option(min=1, help="Passes over the training examples.", show_default="the task's")
+]
+TaskRate = Annotated[
+    float | None,
+    typer.Option(help="For the gradient batch of the task's default; falls to 0.", show_default="the task's"),
+]
+WeightDecay = Annotated[float | None, typer.Option(help="Of all parameters.", show_default="the task's")]
+GradientBatch = Annotated[int | None, typer.Option(min=1, help="Examples a step of the optimizer.", show_default="8")]
+TaskMode = Annotated[
+    Mode | None,
+    typer.Option(
+        help="Below the gradient batch: accumulate gradients to it, or step every time at a rate in proportion.",
+        show_default="accumulate",
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from --out, exactly as if never stopped.")]
+SaveEvery = Annotated[
+    int | None, typer.Option(min=1, help="Save after so many steps, too.", show_default="after every epoch")
+]
+Recipe = Annotated[
+    Path | None, typer.Option(help="A file of option values (recipes/*.toml); what is typed goes first.")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Build the model, take one step on generated data of the real shape, estimate time and memory.",
+    ),
+]
+Jobs = Annotated[int | None, typer.Option(min=1, help="With --compare: runs at a time.", show_default="one a core")]

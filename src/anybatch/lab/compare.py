@@ -8,6 +8,7 @@ from pathlib import Path
 from anybatch.lab import machine
 from anybatch.lab.config import TrainConfig
 from anybatch.lab.display import Display
+from anybatch.lab.report import PICTURES
 from anybatch.lab.results import Results
 from anybatch.lab.summary import REFERENCE, is_reference
 from anybatch.lab.tasks import open_task
@@ -88,7 +89,10 @@ def compare(configs: Sequence[TrainConfig], folder: Path, jobs: int, display: Di
         total = {c: c.epochs * c.updates(first.train_count) * c.gradient_batch for c in todo}
         costs = {c: cost(c) for c in todo}
         try:
-            with display.showing(total, costs, outcome.reused), closing(run_all(todo, jobs)) as events:
+            with (
+                display.showing(total, costs, outcome.reused),
+                closing(run_all(todo, jobs, folder / PICTURES)) as events,
+            ):
                 for event in events:
                     match event:
                         case Started(config):

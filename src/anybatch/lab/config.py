@@ -28,6 +28,7 @@ class TrainConfig:
     task: ClassVar[str]  # its name, in records and checkpoints
     measure: ClassVar[str]  # what the score of a run is, in percent
     lr_batch: ClassVar[int]
+    examples: ClassVar[str] = "images"
 
     method: str = "cbn"
     batch: int = 1
@@ -73,8 +74,7 @@ class TrainConfig:
 
     def resolved_method(self, examples: int) -> str:
         """`method` with every quoted fraction replaced by that share of the training forwards over so many examples."""
-        forwards = self.epochs * self.updates(examples) * self.gradient_batch // self.batch
-        return re.sub(r"(['\"])(\d+)/(\d+)\1", lambda m: str(forwards * int(m[2]) // int(m[3])), self.method)
+        return self._resolved(self.method, examples)
 
     def all_methods(self) -> tuple[str, ...]:
         """Every method of the table, as typed."""
@@ -86,7 +86,15 @@ class TrainConfig:
         Raises:
             AnybatchError: there is no such method or option.
         """
-        return parse_method(self.resolved_method(examples))
+        return self.parse(self.method, examples)
+
+    def parse(self, method: str, examples: int) -> NormConfig:
+        """As `norm`, of any method as typed."""
+        return parse_method(self._resolved(method, examples))
+
+    def _resolved(self, method: str, examples: int) -> str:
+        forwards = self.epochs * self.updates(examples) * self.gradient_batch // self.batch
+        return re.sub(r"(['\"])(\d+)/(\d+)\1", lambda m: str(forwards * int(m[2]) // int(m[3])), method)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from anybatch.errors import AnybatchError
 from anybatch.reporting.files import write_atomically
 
-__all__ = ["FASHION_MNIST_URL", "fashion_mnist_arrays", "read_idx"]
+__all__ = ["FASHION_MNIST_URL", "fashion_mnist_arrays", "read_idx", "user_cache"]
 
 FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -70,18 +70,19 @@ def fashion_mnist_arrays() -> tuple[Bytes, Bytes, Bytes, Bytes]:
     return train_images, train_labels, test_images, test_labels
 
 
-def _cache() -> Path:
+def user_cache() -> Path:
+    """Where data that can be had again is kept; it need not be there yet."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "anybatch" / "fashion-mnist"
+    return Path(base) / "anybatch"
 
 
 def _folders() -> list[Path]:
     own = os.environ.get("ANYBATCH_DATA")
-    return ([Path(own) / "fashion-mnist"] if own else []) + [SYSTEM_FOLDER, _cache()]
+    return ([Path(own) / "fashion-mnist"] if own else []) + [SYSTEM_FOLDER, user_cache() / "fashion-mnist"]
 
 
 def _download() -> Path:
-    folder = _cache()
+    folder = user_cache() / "fashion-mnist"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, md5 in MD5.items():

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from anybatch.errors import AnybatchError
 
-__all__ = ["load_folder"]
+__all__ = ["UNREADABLE", "load_folder"]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a damaged file
 LAYOUT = "put images into FOLDER/CLASS, or into FOLDER/train/CLASS and FOLDER/test/CLASS"
 
 Files = dict[str, list[Path]]  # class name -> its images
@@ -105,5 +106,5 @@ def _pixels(path: Path, size: int) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise AnybatchError(f"image {path} cannot be read ({error}): mend or remove it") from error

@@ -13,22 +13,22 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from anybatch.lab.panels import MANY, panels
-from anybatch.lab.summary import REFERENCE, Row, Summary
+from anybatch.lab.summary import REFERENCE, Row, Summary, headed
 from anybatch.lab.training import RunResult
 from anybatch.methods import METHODS
 from anybatch.reporting.style import MARKERS, MUTED, SERIES, STYLE
 
-__all__ = ["accuracy_figure", "colours_of", "curves_figure", "name_lines"]
+__all__ = ["accuracy_figure", "colours_of", "curves_figure", "name_lines", "run_figure"]
 
 
 def accuracy_figure(summary: Summary) -> Figure:
-    """Test accuracy against batch size, with 95 % intervals over seeds; the reference is dashed.
+    """The measure against batch size, with 95 % intervals over seeds; the reference is dashed.
 
     Beyond a handful of methods each has a panel of its own, with BatchNorm's line in grey.
     """
     methods, colours = summary.methods, colours_of(summary.methods)
     rows = {method: _rows(summary, method) for method in methods}
-    title, xlabel = "Test accuracy, %", "images a normalization layer sees at once"
+    title, xlabel = headed(summary.measure), f"{summary.examples} a normalization layer sees at once"
     with mpl.rc_context(STYLE):
         if len(methods) > MANY:
 
@@ -221,3 +221,25 @@ def name_lines(axes: Axes, names: Sequence[tuple[float, str, str]], line_height:
 
 def _smooth(values: Sequence[float]) -> list[float]:
     return [fmean(values[max(0, i - 1) : i + 2]) for i in range(len(values))]
+
+
+def run_figure(result: RunResult) -> Figure:
+    """Training loss of one run, and on an axis of its own the score after each epoch."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.6, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        if result.train_loss:
+            x, y = zip(*result.train_loss, strict=True)
+            axes.plot(x, _smooth(y), color=SERIES[0], linewidth=1.8)
+        axes.set_xlabel("epochs")
+        axes.set_title("Training loss", loc="left", fontsize=12, color=SERIES[0])
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        scored = [(point["epoch"], point["accuracy"]) for point in result.curve if point["accuracy"] is not None]
+        if scored:
+            other = axes.twinx()
+            epochs, scores = zip(*scored, strict=True)
+            other.plot(epochs, scores, color=SERIES[1], marker="o", markersize=4, linewidth=1.2)
+            other.set_ylim(bottom=0)
+            other.grid(visible=False)
+            other.set_title(headed(result.config.measure), loc="right", fontsize=12, color=SERIES[1])
+        return figure

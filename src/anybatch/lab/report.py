@@ -5,19 +5,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from anybatch.errors import AnybatchError
-from anybatch.lab import plots
+from anybatch.lab import pictures, plots
 from anybatch.lab.data import BUILT_IN
+from anybatch.lab.display import run_name
 from anybatch.lab.statistics import Estimate
-from anybatch.lab.summary import Summary
+from anybatch.lab.summary import Summary, headed, is_reference
 from anybatch.lab.training import RunResult
 from anybatch.reporting import style
 from anybatch.reporting.files import write_atomically
 from anybatch.reporting.page import figure_element, render
 
-__all__ = ["REPORT", "difference_text", "estimate_text", "write_report"]
+__all__ = ["PICTURES", "REPORT", "difference_text", "estimate_text", "facts_of", "shared_configuration", "write_report"]
 
 REPORT = "report.html"
+PICTURES = "pictures"
 
 
 def estimate_text(estimate: Estimate | None) -> str:
@@ -65,11 +69,13 @@ def write_report(
         accuracy_svg=figure_element(accuracy, "a-"),
         curves_svg=figure_element(curves, "c-"),
         norms={result.config.method: result.norm for result in results},
-        configuration=_shared_configuration(results),
-        facts=_facts(results),
+        configuration=shared_configuration(results),
+        facts=facts_of(results),
         data=first.config.data,
         command=command,
         missing=missing,
+        headed=headed(summary.measure),
+        pictures=_pictures(folder, summary, results),
     )
     try:
         write_atomically(folder / "accuracy.png", style.png(accuracy))
@@ -83,7 +89,17 @@ def write_report(
     return folder / REPORT
 
 
-def _shared_configuration(results: Sequence[RunResult]) -> dict[str, Any]:
+def _pictures(folder: Path, summary: Summary, results: Sequence[RunResult]) -> list[Markup]:
+    """Of the runs at the smallest batch, and of the reference, where there are any."""
+    chosen = [r for r in results if r.config.batch == summary.smallest_batch or is_reference(r.config)]
+    return [
+        pictures.element(path, f"{run_name(result.config)}: {caption}")
+        for result in chosen
+        for caption, path in pictures.load(folder / PICTURES / result.key).items()
+    ]
+
+
+def shared_configuration(results: Sequence[RunResult]) -> dict[str, Any]:
     """What all runs have in common; the table shows the rest."""
     configs = [asdict(result.config) for result in results]
     hidden = {"method", "batch", "seed"} | ({"image_size"} if configs[0]["data"] in BUILT_IN else set())
@@ -94,7 +110,7 @@ def _shared_configuration(results: Sequence[RunResult]) -> dict[str, Any]:
     }
 
 
-def _facts(results: Sequence[RunResult]) -> list[tuple[str, str]]:
+def facts_of(results: Sequence[RunResult]) -> list[tuple[str, str]]:
     """Machine, versions, commit and data of the runs; several where they differ."""
     facts: dict[str, dict[str, None]] = {}
     for result in results:

@@ -5,15 +5,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from anybatch.lab.config import TrainConfig
+from anybatch.lab.config import ClassifyConfig, TrainConfig
 from anybatch.lab.statistics import Estimate, estimate
 from anybatch.lab.training import RunResult
 from anybatch.methods import METHODS
 
-__all__ = ["REFERENCE", "Row", "Summary", "is_reference", "label", "summarise"]
+__all__ = ["REFERENCE", "Row", "Summary", "headed", "is_reference", "label", "summarise"]
 
 REFERENCE = "bn"  # at the gradient batch
 PERCENT = "\N{NO-BREAK SPACE}%"
+BESIDES = {"frozen": "Frozen BN"}  # what a task knows besides the table of methods
 WIDE = 3.0  # points: an interval wider to each side says that seeds are too few, not that methods are alike
 
 
@@ -23,7 +24,13 @@ def label(method: str) -> str:
     pretty = re.sub(r"['\"]", "", options.rstrip(")")).replace("burn_in_steps", "burn-in").replace("_", " ")
     pretty = ", ".join(" ".join(part.split("=")).strip() for part in pretty.split(",") if part.strip())
     known = METHODS.get(name.strip())
-    return (known.label if known else name.strip()) + (f" ({pretty})" if pretty else "")
+    name = name.strip()
+    return (known.label if known else BESIDES.get(name, name)) + (f" ({pretty})" if pretty else "")
+
+
+def headed(measure: str) -> str:
+    """A measure at the head of a column or an axis: "test accuracy" -> "Test accuracy, %"."""
+    return f"{measure[:1].upper()}{measure[1:]}, %"
 
 
 @dataclass(frozen=True)
@@ -55,10 +62,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """Rows in the order of methods and batches, the reference first; and the conclusion in sentences."""
+    """Rows in the order of methods and batches, the reference first; and the conclusion in sentences.
+
+    Attributes:
+        measure: what is compared, in percent: "test accuracy".
+        examples: what a norm sees a batch of: "images".
+    """
 
     rows: tuple[Row, ...]
     conclusions: tuple[str, ...]
+    measure: str
+    examples: str
 
     @property
     def reference(self) -> Row | None:
@@ -83,6 +97,7 @@ def is_reference(config: TrainConfig) -> bool:
 
 def summarise(results: Iterable[RunResult], methods: Sequence[str] = ()) -> Summary:
     """Groups `results` by method and batch size; `methods` gives the order."""
+    results = list(results)
     groups: dict[tuple[str, int], dict[int, RunResult]] = {}
     for result in results:
         groups.setdefault((result.config.method, result.config.batch), {})[result.config.seed] = result
@@ -90,7 +105,8 @@ def summarise(results: Iterable[RunResult], methods: Sequence[str] = ()) -> Summ
     order = {method: place for place, method in enumerate(methods)}
     keys = sorted(groups, key=lambda key: (key != reference, order.get(key[0], len(order)), key))
     rows = tuple(_row(groups[key], groups.get(reference) if reference else None, key == reference) for key in keys)
-    return Summary(rows, _conclusions(rows))
+    config: TrainConfig | type[TrainConfig] = results[0].config if results else ClassifyConfig
+    return Summary(rows, _conclusions(rows, config.measure), config.measure, config.examples)
 
 
 def _row(group: dict[int, RunResult], reference: dict[int, RunResult] | None, is_reference: bool) -> Row:
@@ -115,7 +131,7 @@ def _row(group: dict[int, RunResult], reference: dict[int, RunResult] | None, is
     )
 
 
-def _conclusions(rows: Sequence[Row]) -> tuple[str, ...]:
+def _conclusions(rows: Sequence[Row], measure: str) -> tuple[str, ...]:
     reference = next((row for row in rows if row.is_reference), None)
     if reference is None or reference.accuracy is None:
         return ("BatchNorm at the full gradient batch, the reference, has no finished run yet: nothing to conclude.",)
@@ -124,7 +140,7 @@ def _conclusions(rows: Sequence[Row]) -> tuple[str, ...]:
     small = [row for row in rows if row.batch == smallest and not row.is_reference]
     collapsed = next((row for row in small if row.method == REFERENCE), None)
     others = [row for row in small if row.method != REFERENCE and row.accuracy is not None]
-    sentences = [f"{at} reaches {reference.accuracy.mean:.1f}{PERCENT} test accuracy ({_seeds(reference.accuracy.n)})."]
+    sentences = [f"{at} reaches {reference.accuracy.mean:.1f}{PERCENT} {measure} ({_seeds(reference.accuracy.n)})."]
     if collapsed is not None:
         sentences = [_sentence(collapsed, f"At batch {smallest}, BatchNorm", at)]
     if others:

@@ -35,11 +35,13 @@ class Task(ABC, Generic[C]):
         config: of the run.
         fingerprint: of the data: hexadecimal digits that change with any example.
         train_count: training examples that there are.
+        conversion: what `build` did to every norm, as text; empty before it, and where a task does not say.
     """
 
     config: C
     fingerprint: str
     train_count: int
+    conversion: str = ""
 
     @abstractmethod
     def other(self, config: Any) -> "Task[C]":
@@ -74,5 +76,5 @@ class Task(ABC, Generic[C]):
         """A batch of random examples of the real shape: the data are not touched."""
 
     def show(self, model: nn.Module, folder: Path) -> dict[str, str]:
-        """Pictures of what a trained model does: SVG or PNG files in `folder`, by their captions."""
+        """Pictures of what a trained model does: names of SVG or PNG files in `folder`, by caption."""
         return {}

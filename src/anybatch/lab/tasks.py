@@ -20,6 +20,8 @@ class _Place(NamedTuple):
 
 _TASKS = {
     "classify": _Place("anybatch.lab.config:ClassifyConfig", "anybatch.lab.classify:open_classify"),
+    "detect": _Place("anybatch.lab.detection.config:DetectConfig", "anybatch.lab.detection.task:open_detect"),
+    "segment": _Place("anybatch.lab.segmentation.config:SegmentConfig", "anybatch.lab.segmentation.task:open_segment"),
 }
 
 

@@ -14,12 +14,15 @@ from rich.table import Table
 
 from anybatch.lab import compare as comparison
 from anybatch.lab import machine, weighing
+from anybatch.lab.board import board
 from anybatch.lab.config import TrainConfig
 from anybatch.lab.display import Display, run_name
 from anybatch.lab.interruption import Interruption
+from anybatch.lab.pictures import save
 from anybatch.lab.processes import joined
-from anybatch.lab.report import difference_text, estimate_text, write_report
-from anybatch.lab.summary import Summary, summarise
+from anybatch.lab.report import PICTURES, difference_text, estimate_text, write_report
+from anybatch.lab.run_report import write_run_report
+from anybatch.lab.summary import Summary, headed, summarise
 from anybatch.lab.tasks import open_task
 from anybatch.lab.training import Progress, RunResult, Stopped, train_run
 
@@ -59,7 +62,13 @@ def compare(configs: Sequence[TrainConfig], folder: Path, jobs: int | None, comm
 
 
 def train(
-    config: TrainConfig, folder: Path, resume: bool, save_every: int | None, arguments: Sequence[str], console: Console
+    config: TrainConfig,
+    folder: Path,
+    resume: bool,
+    save_every: int | None,
+    arguments: Sequence[str],
+    console: Console,
+    watched: bool = False,
 ) -> int:
     """Trains one configuration with a checkpoint folder, and prints what came of it.
 
@@ -70,6 +79,7 @@ def train(
         save_every: steps after which to save besides after every epoch.
         arguments: of the command line, to name the one that goes on.
         console: to print on, in the main one of several processes.
+        watched: tell TensorBoard how it goes, and write a page with pictures at the end.
 
     Returns:
         The exit code: 0, or 128 and the number of the signal that stopped the run.
@@ -81,9 +91,15 @@ def train(
         torch.set_num_threads(1)  # as in a comparison: the same numbers
     task = open_task(config)
     with joined(config.device) as processes:
-        if not processes.is_main:
+        main = processes.is_main
+        if not main:
             console = Console(quiet=True)
-        with Interruption() as interruption, _progress(console, run_name(config)) as show:
+        shown: dict[str, Path] = {}
+        with (
+            Interruption() as interruption,
+            board(folder if watched and main else None, config.task) as watch,
+            _progress(console, run_name(config)) as show,
+        ):
             try:
                 result = train_run(
                     task,
@@ -94,6 +110,8 @@ def train(
                     stop=interruption.came,
                     say=lambda line: console.print(f"[yellow]Note:[/] {escape(line)}", soft_wrap=True),
                     processes=processes,
+                    watch=watch,
+                    finish=lambda model: shown.update(save(task, model, folder / PICTURES) if watched else {}),
                 )
             except Stopped as stopped:
                 command = _resuming(arguments, processes.count)
@@ -103,8 +121,11 @@ def train(
                     soft_wrap=True,
                 )
                 return interruption.exit_code
-    if processes.is_main:
+    if main:
         _print_result(result, folder, console)
+    if main and watched:
+        report = write_run_report(folder, result, shown, task.conversion, shlex.join(["anybatch", *arguments]))
+        console.print(f"Report: [bold]{escape(str(report))}[/]", soft_wrap=True)
     return 0
 
 
@@ -129,16 +150,19 @@ def _resuming(arguments: Sequence[str], processes: int) -> str:
 
 
 def _print_result(result: RunResult, folder: Path, console: Console) -> None:
+    measure, name = result.config.measure, result.config.examples
     for point in result.curve:
-        console.print(f"epoch {point['epoch']}: {point['accuracy']:.2f} % test accuracy")
+        console.print(f"epoch {point['epoch']}: {point['accuracy']:.2f} % {measure}")
     if result.accuracy is None:
         console.print("[red]Diverged:[/] a loss was not finite. Try a smaller --lr.")
     else:
+        train = "" if result.train_accuracy is None else f" ({result.train_accuracy:.2f} % on the training {name})"
         console.print(
-            f"{run_name(result.config)}: [bold]{result.accuracy:.2f} %[/] test, {result.train_accuracy:.2f} % train "
-            f"accuracy in {result.seconds:.0f} s",
+            f"{run_name(result.config)}: [bold]{result.accuracy:.2f} %[/] {measure}{train} in {result.seconds:.0f} s",
             soft_wrap=True,
         )
+        if result.more:
+            console.print(", ".join(f"{each} {value:.2f}" for each, value in result.more.items()), soft_wrap=True)
         console.print(f"Checkpoint: [bold]{escape(str(folder))}[/]", soft_wrap=True)
 
 
@@ -181,7 +205,8 @@ def _missing(configs: Sequence[TrainConfig], outcome: "comparison.Outcome") -> l
 def _table(summary: Summary) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("Method")
-    for column in ("Batch", "Test accuracy, %", "Difference", "Train, %", "Seconds"):
+    trained = any(row.train_accuracy is not None for row in summary.rows)
+    for column in ("Batch", headed(summary.measure), "Difference", *(["Train, %"] if trained else []), "Seconds"):
         table.add_column(column, justify="right")
     for row in summary.rows:
         diverged = f" ({row.diverged} of {row.runs} diverged)" if row.diverged else ""
@@ -190,7 +215,7 @@ def _table(summary: Summary) -> Table:
             str(row.batch),
             estimate_text(row.accuracy) + diverged,
             "reference" if row.is_reference else difference_text(row.difference),
-            "–" if row.train_accuracy is None else f"{row.train_accuracy:.1f}",
+            *(["–" if row.train_accuracy is None else f"{row.train_accuracy:.1f}"] if trained else []),
             f"{row.seconds:.0f}",
             style="bold" if row.is_reference else None,
         )

@@ -9,14 +9,17 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from anybatch.errors import AnybatchError
 from anybatch.lab.config import TrainConfig
 from anybatch.lab.interruption import Interruption
+from anybatch.lab.pictures import save
 from anybatch.lab.tasks import open_task
-from anybatch.lab.training import Progress, RunResult, train_run
+from anybatch.lab.training import Progress, RunResult, run_key, train_run
 
 __all__ = ["Advanced", "Event", "Failed", "Finished", "Started", "run_all"]
 
@@ -57,13 +60,19 @@ class Failed:
 Event = Started | Advanced | Finished | Failed
 
 
-def run_all(configs: Sequence[TrainConfig], jobs: int) -> Generator[Event]:
-    """Runs `configs` in their order, `jobs` at a time. Closing the iterator stops the workers."""
+def run_all(configs: Sequence[TrainConfig], jobs: int, pictures: Path | None = None) -> Generator[Event]:
+    """Runs `configs` in their order, `jobs` at a time. Closing the iterator stops the workers.
+
+    Args:
+        configs: what to run.
+        jobs: how many processes.
+        pictures: where each run leaves its pictures, in a folder named by its key; None makes none.
+    """
     waiting = deque(configs)
     workers: dict[Connection, _Worker] = {}
     try:
         for _ in range(min(jobs, len(configs))):
-            worker = _Worker()
+            worker = _Worker(pictures)
             workers[worker.connection] = worker
             yield worker.give(waiting.popleft())
         while workers:
@@ -77,7 +86,7 @@ def run_all(configs: Sequence[TrainConfig], jobs: int) -> Generator[Event]:
                 if worker.died:
                     del workers[connection]
                     if waiting:
-                        worker = _Worker()
+                        worker = _Worker(pictures)
                         workers[worker.connection] = worker
                 if waiting:
                     yield worker.give(waiting.popleft())
@@ -92,11 +101,11 @@ def run_all(configs: Sequence[TrainConfig], jobs: int) -> Generator[Event]:
 class _Worker:
     """One process and what it is doing."""
 
-    def __init__(self) -> None:
+    def __init__(self, pictures: Path | None) -> None:
         # Spawned, not forked: torch's threads and CUDA do not survive a fork.
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_work, args=(theirs,), daemon=True)
+        self.process: BaseProcess = context.Process(target=_work, args=(theirs, pictures), daemon=True)
         with Interruption() as interruption:  # in mid-start it would leave a process that waits for its orders
             self.process.start()
         theirs.close()
@@ -133,15 +142,15 @@ class _Worker:
         self.connection.close()
 
 
-def _work(connection: Connection) -> None:
+def _work(connection: Connection, pictures: Path | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone: so is the work
         while (config := connection.recv()) is not None:
-            connection.send(_run(config, connection))
+            connection.send(_run(config, connection, pictures))
 
 
-def _run(config: TrainConfig, connection: Connection) -> Event:
+def _run(config: TrainConfig, connection: Connection, pictures: Path | None) -> Event:
     reported = time.monotonic()
 
     def report(progress: Progress) -> None:
@@ -151,7 +160,13 @@ def _run(config: TrainConfig, connection: Connection) -> Event:
             connection.send(Advanced(config, progress))
 
     try:
-        return Finished(config, train_run(open_task(config), report))
+        task = open_task(config)
+
+        def finish(model: nn.Module) -> None:
+            if pictures is not None:
+                save(task, model, pictures / run_key(task))
+
+        return Finished(config, train_run(task, report, finish=finish))
     except (BrokenPipeError, ConnectionResetError):
         raise
     except AnybatchError as error:
