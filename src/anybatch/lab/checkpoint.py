@@ -154,10 +154,12 @@ class Checkpoints:
                 other data.
         """
         saved = self._newest(say)
+        before_it_came = type(self.config)().record()  # a value that an earlier version did not know
         for name, value in self.config.record().items():
-            if saved["config"].get(name) != value:
+            was = saved["config"].get(name, before_it_came[name])
+            if was != value:
                 raise AnybatchError(
-                    f"the checkpoint in {self.folder} was trained with {name}={saved['config'].get(name)!r}, not "
+                    f"the checkpoint in {self.folder} was trained with {name}={was!r}, not "
                     f"{value!r}: resume with the same options, or start anew in another --out"
                 )
         if saved["fingerprint"] != self._facts["fingerprint"]:

@@ -79,6 +79,10 @@ class Classify(Task[ClassifyConfig]):
         images = torch.randn(count, *self.dataset.train_images.shape[1:], device=self.config.device)
         return images, torch.randint(len(self.dataset.classes), (count,), device=self.config.device)
 
+    def example(self) -> Tensor:
+        """The first test image, normalised. Shape: (1, C, H, W)."""
+        return self.dataset.normalise(self.dataset.test_images[:1])
+
 
 def open_classify(config: ClassifyConfig) -> Classify:
     """The task with its data.

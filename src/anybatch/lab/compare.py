@@ -82,7 +82,7 @@ def compare(configs: Sequence[TrainConfig], folder: Path, jobs: int, display: Di
     first = open_task(configs[0])
     keys = {config: run_key(first.other(config)) for config in configs}
     with Results(folder) as results:
-        for warning in results.warnings:
+        for warning in (*first.notes, *results.warnings):
             display.warn(warning)
         todo = schedule([c for c in configs if keys[c] not in results.runs])
         outcome = Outcome([], reused=len(configs) - len(todo))

@@ -2,10 +2,12 @@
 
 import re
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 from anybatch.errors import AnybatchError
 from anybatch.lab import networks
+from anybatch.lab.processes import started
 from anybatch.layers.config import NormConfig
 from anybatch.methods import METHODS, parse_method
 
@@ -18,11 +20,13 @@ class TrainConfig:
 
     Attributes:
         method: as `anybatch.methods.parse_method` reads it; a quoted fraction such as '1/3' in it stands for that share
-            of the training forwards.
+            of the training forwards, of which each of several processes has its part.
         batch: examples that a normalization layer sees at once; divides `gradient_batch`.
-        lr: for a gradient batch of `lr_batch`; falls to 0 along a cosine over the run.
+        lr: for a gradient batch of `lr_batch`; falls to 0 along a cosine over the run, unless there are `milestones`.
         gradient_batch: examples per update in mode "accumulate".
         norm_weight_decay: of gamma towards 1 and beta towards 0; None decays them towards 0 as every parameter.
+        milestones: epochs after which the learning rate is divided by 10, and constant otherwise.
+        warmup_steps: of the optimizer, over which the rate rises along a line, from `warmup_start` of itself.
     """
 
     task: ClassVar[str]  # its name, in records and checkpoints
@@ -42,8 +46,12 @@ class TrainConfig:
     mode: Literal["accumulate", "step"] = "accumulate"
     device: str = "cpu"
     norm_weight_decay: float | None = None
+    milestones: tuple[int, ...] = ()
+    warmup_steps: int = 0
+    warmup_start: float = 0.001
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones))  # JSON and TOML have lists
         if self.batch < 1 or self.gradient_batch % self.batch:
             divisors = [str(b) for b in range(1, self.gradient_batch + 1) if self.gradient_batch % b == 0]
             raise AnybatchError(
@@ -58,6 +66,15 @@ class TrainConfig:
             raise AnybatchError(f"norm_weight_decay is {self.norm_weight_decay}: give a number of at least 0")
         if self.mode not in ("accumulate", "step"):
             raise AnybatchError(f"there is no mode '{self.mode}': choose accumulate or step")
+        ends = (0, *self.milestones, self.epochs)
+        if self.milestones and any(after <= before for before, after in pairwise(ends)):
+            raise AnybatchError(
+                f"milestones are {self.milestones}: give epochs in ascending order, from 1 to {self.epochs - 1}"
+            )
+        if self.warmup_steps < 0:
+            raise AnybatchError(f"warmup_steps is {self.warmup_steps}: give at least 0")
+        if not 0 < self.warmup_start <= 1:
+            raise AnybatchError(f"warmup_start is {self.warmup_start}: give a share of the rate, above 0 and at most 1")
 
     def record(self) -> dict[str, Any]:
         """As plain values, with the name of the task; `anybatch.lab.tasks.config_of` reads it."""
@@ -65,7 +82,13 @@ class TrainConfig:
 
     def facts(self) -> dict[str, Any]:
         """The values that name a run: those that came later count only where they are used."""
-        later = {"norm_weight_decay": None, "task": "classify"}
+        later = {
+            "norm_weight_decay": None,
+            "task": "classify",
+            "milestones": (),
+            "warmup_steps": 0,
+            "warmup_start": self.warmup_start if self.warmup_steps == 0 else None,
+        }
         return {name: value for name, value in self.record().items() if name not in later or value != later[name]}
 
     def updates(self, examples: int) -> int:
@@ -93,7 +116,7 @@ class TrainConfig:
         return parse_method(self._resolved(method, examples))
 
     def _resolved(self, method: str, examples: int) -> str:
-        forwards = self.epochs * self.updates(examples) * self.gradient_batch // self.batch
+        forwards = self.epochs * self.updates(examples) * self.gradient_batch // (self.batch * started())
         return re.sub(r"(['\"])(\d+)/(\d+)\1", lambda m: str(forwards * int(m[2]) // int(m[3])), method)
 
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from anybatch.errors import AnybatchError
 
-__all__ = ["ALONE", "Processes", "joined"]
+__all__ = ["ALONE", "Processes", "joined", "started"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ class Processes:
 ALONE = Processes()
 
 
+def started() -> int:
+    """Processes that torchrun started together, this one among them; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 @contextmanager
 def joined(device: str) -> Iterator[Processes]:
     """The processes that torchrun started, joined for as long as the context lasts; ALONE without torchrun.
@@ -86,7 +91,7 @@ def joined(device: str) -> Iterator[Processes]:
         AnybatchError: there are several processes, and `device` names one accelerator for all of them, or one that
             this machine has too few of.
     """
-    count = int(os.environ.get("WORLD_SIZE", 1))
+    count = started()
     if count == 1:
         yield ALONE
         return

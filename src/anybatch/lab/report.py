@@ -1,7 +1,6 @@
 """report.html and the figures beside it: one page that stands on its own, in light and dark, on paper and phone."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +100,14 @@ def _pictures(folder: Path, summary: Summary, results: Sequence[RunResult]) -> l
 
 def shared_configuration(results: Sequence[RunResult]) -> dict[str, Any]:
     """What all runs have in common; the table shows the rest."""
-    configs = [asdict(result.config) for result in results]
-    hidden = {"method", "batch", "seed"} | ({"image_size"} if configs[0]["data"] in BUILT_IN else set())
+    configs = [result.config.facts() for result in results]
+    hidden = {"method", "batch", "seed", "task"} | ({"image_size"} if configs[0]["data"] in BUILT_IN else set())
     return {
-        name.replace("_", " "): "all" if value is None else value
+        name.replace("_", " "): "all" if value is None else value  # images, where only some could be asked for
         for name, value in configs[0].items()
-        if name not in hidden and all(config[name] == value for config in configs)
+        if name not in hidden
+        and all(config.get(name) == value for config in configs)
+        and (value is not None or name.endswith("_images"))
     }
 
 

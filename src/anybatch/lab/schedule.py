@@ -1,6 +1,7 @@
 """What a run does when: which images at which step, at which learning rate. All of it follows from the images done."""
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,10 @@ class Schedule:
         step: examples of one step of the optimizer.
         micro_batches: of one step and process.
         window: examples that one point of the training loss is the mean of.
-        peak_lr: learning rate of the first step.
+        peak_lr: learning rate that the run starts at, or that the warm-up ends at.
+        milestones: examples after which the rate is divided by 10; without any it falls along a cosine.
+        warmup: examples over which the rate rises to what it is without the warm-up.
+        warmup_start: share of the rate that the first of them are trained at.
     """
 
     epoch: int
@@ -33,6 +37,9 @@ class Schedule:
     micro_batches: int
     window: int
     peak_lr: float
+    milestones: tuple[int, ...]
+    warmup: int
+    warmup_start: float
 
     @classmethod
     def of(cls, config: TrainConfig, examples: int, processes: int) -> "Schedule":
@@ -53,18 +60,28 @@ class Schedule:
                 f"divide the gradient batch {gradient_batch}: choose another --batch, or another number of processes"
             )
         step = gradient_batch if config.mode == "accumulate" else together
+        epoch = updates * gradient_batch
         return cls(
-            epoch=updates * gradient_batch,
-            total=config.epochs * updates * gradient_batch,
+            epoch=epoch,
+            total=config.epochs * epoch,
             step=step,
             micro_batches=step // together,
             window=max(1, updates // CURVE_POINTS) * gradient_batch,
             peak_lr=config.lr * step / config.lr_batch,
+            milestones=tuple(milestone * epoch for milestone in config.milestones),
+            warmup=config.warmup_steps * step,
+            warmup_start=config.warmup_start,
         )
 
     def lr(self, images: int) -> float:
         """The learning rate of the step that comes after so many images."""
-        return self.peak_lr * 0.5 * (1 + math.cos(math.pi * images / self.total))
+        if self.milestones:
+            rate = self.peak_lr / 10 ** bisect_right(self.milestones, images)
+        else:
+            rate = self.peak_lr * 0.5 * (1 + math.cos(math.pi * images / self.total))
+        if images < self.warmup:
+            rate *= self.warmup_start + (1 - self.warmup_start) * images / self.warmup
+        return rate
 
     def ends_epoch(self, images: int) -> bool:
         """Whether so many images are whole epochs."""

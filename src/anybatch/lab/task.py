@@ -35,12 +35,14 @@ class Task(ABC, Generic[C]):
         config: of the run.
         fingerprint: of the data: hexadecimal digits that change with any example.
         train_count: training examples that there are.
+        notes: what of the data a user should know, a line each.
         conversion: what `build` did to every norm, as text; empty before it, and where a task does not say.
     """
 
     config: C
     fingerprint: str
     train_count: int
+    notes: tuple[str, ...] = ()
     conversion: str = ""
 
     @abstractmethod
@@ -63,6 +65,9 @@ class Task(ABC, Generic[C]):
         """The micro-batches of a step."""
         return [self.batch(part, seen) for part in indices.chunk(count)]
 
+    def expect(self, indices: Tensor, seen: int) -> None:
+        """Told what the next `batches` will be asked for, before the step that comes first: time to read ahead."""
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Mean over the examples of a batch; the model is in training mode."""
@@ -74,6 +79,10 @@ class Task(ABC, Generic[C]):
     @abstractmethod
     def generated(self, count: int) -> Any:
         """A batch of random examples of the real shape: the data are not touched."""
+
+    @abstractmethod
+    def example(self) -> Any:
+        """What evaluation gives a model, of one example, preprocessed and on the CPU: a tensor or a tuple of arguments."""
 
     def show(self, model: nn.Module, folder: Path) -> dict[str, str]:
         """Pictures of what a trained model does: names of SVG or PNG files in `folder`, by caption."""

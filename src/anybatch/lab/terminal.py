@@ -94,6 +94,8 @@ def train(
         main = processes.is_main
         if not main:
             console = Console(quiet=True)
+        for line in task.notes:
+            console.print(f"[yellow]Warning:[/] {escape(line)}", soft_wrap=True)
         shown: dict[str, Path] = {}
         with (
             Interruption() as interruption,

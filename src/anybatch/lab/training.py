@@ -28,7 +28,7 @@ from anybatch.lab.schedule import Order, Schedule
 from anybatch.lab.task import Scores, Task
 from anybatch.training import attach, param_groups
 
-__all__ = ["Progress", "RunResult", "Stopped", "run_key", "train_run"]
+__all__ = ["Progress", "RunResult", "Stopped", "optimizer_of", "run_key", "take_step", "train_run"]
 
 
 class Progress(NamedTuple):
@@ -135,8 +135,7 @@ def train_run(
     schedule = Schedule.of(config, task.train_count, processes.count)
     order = Order(config.seed, task.train_count, schedule.epoch)
     model = task.build()
-    optimizer = torch.optim.SGD(_groups(model, config), lr=schedule.peak_lr, momentum=config.momentum)
-    attach(model, optimizer)
+    optimizer = optimizer_of(model, config)
     state = State(model, optimizer)
     checkpoints = None if checkpoint is None else Checkpoints(checkpoint, config, task.fingerprint, processes)
     if checkpoints is not None:
@@ -159,10 +158,13 @@ def train_run(
     while done.images < schedule.total and not diverged:
         model.train()
         indices = processes.part(order.after(done.images, schedule.step))
+        batches = task.batches(indices, schedule.micro_batches, done.images)
+        ahead = done.images + schedule.step
+        if ahead < schedule.total:
+            task.expect(processes.part(order.after(ahead, schedule.step)), ahead)
         for group in optimizer.param_groups:
             group["lr"] = schedule.lr(done.images)
-        batches = task.batches(indices, schedule.micro_batches, done.images)
-        state.losses += _step(task, shared, optimizer, batches, processes)
+        state.losses += take_step(task, shared, optimizer, batches, processes)
         done.images += schedule.step
         if schedule.ends_window(done.images):
             mean_loss = processes.mean(float(torch.stack(state.losses).mean()))
@@ -220,13 +222,18 @@ def _named(config: TrainConfig, scores: Scores) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+def optimizer_of(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD as the configuration has it, known to the layers; the schedule sets the learning rate of every step."""
     if config.norm_weight_decay is None:
-        return [{"params": list(model.parameters()), "weight_decay": config.weight_decay}]
-    return param_groups(model, config.weight_decay, config.norm_weight_decay)
+        groups = [{"params": list(model.parameters()), "weight_decay": config.weight_decay}]
+    else:
+        groups = param_groups(model, config.weight_decay, config.norm_weight_decay)
+    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    attach(model, optimizer)
+    return optimizer
 
 
-def _step(
+def take_step(
     task: Task[TrainConfig],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,

@@ -50,6 +50,7 @@ class Detect(Task[DetectConfig]):
             raise AnybatchError(
                 f"the categories of {train.path} and {test.path} differ: give both the same ids and names"
             )
+        self.notes = tuple(_dropped(data) for data in (train, test) if data.dropped)
         self.places = [place for place, objects in enumerate(train.instances) if bool((~objects.crowd).any())]
         self.train_count = len(self.places)
         facts = f"{train.fingerprint} {test.fingerprint} {weights[1]}"
@@ -156,6 +157,10 @@ class Detect(Task[DetectConfig]):
             targets.append(target)
         return images, targets
 
+    def example(self) -> tuple[list[Tensor]]:
+        """The first test image, in the list that a detector takes."""
+        return ([load_image(self.test.images[0])],)
+
     def show(self, model: nn.Module, folder: Path) -> dict[str, str]:
         """Test images with what is found in them."""
         images = [load_image(entry) for entry in self.test.images[:8]]
@@ -181,6 +186,11 @@ def _data(data: str, scenes: int, drop_invalid: bool) -> tuple[Annotations, Anno
         folder = Path(data)
     (train_file, train_images), (test_file, test_images) = find(folder)
     return read(train_file, train_images, drop_invalid), read(test_file, test_images, drop_invalid)
+
+
+def _dropped(data: Annotations) -> str:
+    counts = ", ".join(f"{count} x {reason}" for reason, count in data.dropped.items())
+    return f"{data.path}: dropped {sum(data.dropped.values())} entries: {counts}"
 
 
 def _made(config: DetectConfig) -> bool:
