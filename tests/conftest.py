@@ -1,5 +1,8 @@
 """What every test runs under: a fixed seed, one thread, poisoned uninitialised memory."""
 
+import sys
+from collections.abc import Iterator
+
 import hypothesis
 import pytest
 import torch
@@ -32,3 +35,11 @@ def reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     for name in ("new_empty",):
         monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_left() -> Iterator[None]:
+    """Accelerate keeps its first settings for the whole process."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)

@@ -8,9 +8,11 @@ from torch import nn
 from anybatch.integrations._hosts import require
 from anybatch.lab.detection.networks import Network
 
-__all__ = ["DETECTORS", "PARTS", "build_detector"]
+__all__ = ["DETECTORS", "LONGEST", "PARTS", "build_detector"]
 
 Norm = Callable[[int], nn.Module] | None
+
+LONGEST = 1333 / 800  # of an image's longer side, in shorter ones
 
 PARTS: dict[str, tuple[str, ...]] = {
     "backbone": ("backbone.body.*",),
@@ -50,10 +52,10 @@ def build_detector(
         classes: background included.
         neck: whether the pyramid's convolutions are followed by norms.
         heads: likewise the heads'. The proposal network of Faster and Mask R-CNN has none, as in the paper.
-        size: pixels that the shorter side of an image is scaled to; the longer is at most 5/3 of it.
+        size: pixels that the shorter side of an image is scaled to; the longer is at most `LONGEST` times that.
     """
     norms = [nn.BatchNorm2d if wanted else None for wanted in (neck, heads)]
-    sizes = {"min_size": size, "max_size": round(size * 1333 / 800)}
+    sizes = {"min_size": size, "max_size": round(size * LONGEST)}
     model: nn.Module = DETECTORS[name](network, body, classes, *norms, sizes)
     return model
 

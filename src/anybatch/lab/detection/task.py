@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from anybatch.lab.detection import scoring
 from anybatch.lab.detection.annotations import Annotations
 from anybatch.lab.detection.coco import find, load_image, read
 from anybatch.lab.detection.config import FROZEN, NONE, DetectConfig
-from anybatch.lab.detection.detectors import PARTS, build_detector
+from anybatch.lab.detection.detectors import LONGEST, PARTS, build_detector
 from anybatch.lab.detection.networks import NETWORKS
 from anybatch.lab.detection.pictures import draw
 from anybatch.lab.detection.scenes import SceneConfig, scene_folder, write_scenes
@@ -27,7 +27,7 @@ from anybatch.lab.task import Scores, Split, Task
 __all__ = ["Detect", "open_detect"]
 
 EVALUATION_BATCH = 8
-LOADERS = 8  # threads that read the images of a step
+LOADERS = 8  # threads that read images
 
 Target = dict[str, Tensor]
 
@@ -50,6 +50,8 @@ class Detect(Task[DetectConfig]):
             raise AnybatchError(
                 f"the categories of {train.path} and {test.path} differ: give both the same ids and names"
             )
+        self._pool = ThreadPoolExecutor(LOADERS, "images")
+        self._ahead: dict[tuple[int, int], Future[tuple[Tensor, Target]]] = {}
         self.notes = tuple(_dropped(data) for data in (train, test) if data.dropped)
         self.places = [place for place, objects in enumerate(train.instances) if bool((~objects.crowd).any())]
         self.train_count = len(self.places)
@@ -88,7 +90,7 @@ class Detect(Task[DetectConfig]):
         for part, patterns in PARTS.items():
             if config.norm_of(part) not in (FROZEN, NONE):
                 groups.setdefault(config.norm_of(part), []).extend(patterns)
-        example = [load_image(self.train.images[place]) for place in self.places[:2]]
+        example = [image.cpu() for image in self.generated(2)[0]]
         reports = [
             convert_(model, config.parse(method, self.train_count), example_inputs=(example,), where=patterns)
             for method, patterns in groups.items()
@@ -99,10 +101,17 @@ class Detect(Task[DetectConfig]):
 
     def batch(self, indices: Tensor, seen: int) -> tuple[list[Tensor], list[Target]]:
         """Images and what is in them, half of them mirrored."""
-        with ThreadPoolExecutor(LOADERS) as pool:
-            examples = list(pool.map(lambda index: self._example(index, seen), indices.tolist()))
-        images, targets = zip(*examples, strict=True)
-        return list(images), list(targets)
+        self.expect(indices, seen)
+        examples = [self._ahead.pop((index, seen)).result() for index in indices.tolist()]
+        device = self.config.device
+        images = [image.to(device) for image, _ in examples]
+        return images, [{name: value.to(device) for name, value in target.items()} for _, target in examples]
+
+    def expect(self, indices: Tensor, seen: int) -> None:
+        """Has threads read the images of a step to come."""
+        for index in indices.tolist():
+            if (index, seen) not in self._ahead:
+                self._ahead[index, seen] = self._pool.submit(self._example, index, seen)
 
     def _example(self, index: int, seen: int) -> tuple[Tensor, Target]:
         place = self.places[index]
@@ -113,8 +122,7 @@ class Detect(Task[DetectConfig]):
             target["masks"] = objects.masks(entry.height, entry.width)[kept]
         if self.config.flip and random.Random(f"{self.config.seed} {seen} {index}").random() < 0.5:
             image, target = _mirrored(image, target)
-        device = self.config.device
-        return image.to(device), {name: value.to(device) for name, value in target.items()}
+        return image, target
 
     def loss(self, model: nn.Module, batch: tuple[list[Tensor], list[Target]]) -> Tensor:
         """The sum of the detector's losses."""
@@ -141,15 +149,16 @@ class Detect(Task[DetectConfig]):
         return found
 
     def generated(self, count: int) -> tuple[list[Tensor], list[Target]]:
-        """Noise of the size that images are scaled to, a box in each quarter."""
+        """Noise of the largest size that images are scaled to, a box in each quarter."""
         device, size = self.config.device, self.size
-        images = [torch.rand(3, size, round(size * 4 / 3), device=device) for _ in range(count)]
+        width = size if _made(self.config) else round(size * LONGEST)
+        images = [torch.rand(3, size, width, device=device) for _ in range(count)]
         corners = torch.tensor([[0.05, 0.1], [0.55, 0.1], [0.05, 0.6], [0.55, 0.6]])
         targets = []
         for _ in range(count):
             boxes = torch.cat([corners, corners + 0.15 + 0.2 * torch.rand(4, 2)], dim=1)
             target = {
-                "boxes": (boxes * torch.tensor([size * 4 / 3, size] * 2)).to(device),
+                "boxes": (boxes * torch.tensor([width, size] * 2)).to(device),
                 "labels": torch.randint(1, len(self.train.categories) + 1, (4,), device=device),
             }
             if self.config.detector == "mask-rcnn":
@@ -167,14 +176,18 @@ class Detect(Task[DetectConfig]):
         return draw(images, self.test, self.detect(model, images), folder)
 
 
-def open_detect(config: DetectConfig) -> Detect:
+def open_detect(config: DetectConfig, weights: tuple[State, str] | None = None) -> Detect:
     """The task with its data.
+
+    Args:
+        config: of the run.
+        weights: of the backbone, and their digits, instead of those that the configuration names.
 
     Raises:
         AnybatchError: there is no such data, something of it is unusable, or the weights do not fit.
     """
     train, test = _data(config.data, config.scenes, config.drop_invalid)
-    return Detect(config, train, test, body_weights(config.weights, config.network))
+    return Detect(config, train, test, weights or body_weights(config.weights, config.network))
 
 
 @lru_cache(maxsize=1)  # for the next run of a worker
