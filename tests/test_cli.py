@@ -20,6 +20,7 @@ COMPARE = [
 TRAIN = [
     *["--out", "--method", "--batch", "--seed", "--data", "--train-images", "--test-images", "--image-size"],
     *["--epochs", "--network", "--lr", "--mode", "--device", "--norm-weight-decay", "--save-every", "--resume"],
+    *["--recipe", "--dry-run"],
 ]
 BENCH = [
     *["--method", "--what", "--network", "--channels", "--image-size", "--batch", "--sweep", "--rounds", "--threads"],

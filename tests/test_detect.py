@@ -301,7 +301,7 @@ def test_generated_batches_have_the_real_shape(task: Detect) -> None:
     for detector in ("faster-rcnn", "mask-rcnn"):
         chosen = task.other(replace(task.config, detector=detector))
         images, targets = chosen.generated(2)
-        assert [image.shape for image in images] == [(3, 65, 87)] * 2
+        assert [image.shape for image in images] == [(3, 65, 108)] * 2
         assert bool(chosen.loss(chosen.build(), (images, targets)).isfinite())
         for target in targets:
             assert bool((target["boxes"][:, 2:] > target["boxes"][:, :2]).all())

@@ -18,6 +18,7 @@ from .small_models import (
     ResNet,
     SharedHead,
     SharedNorm,
+    StandardisedConv,
     Steps,
     Unpairable,
     assorted,
@@ -183,6 +184,54 @@ def test_what_can_be_folded_is_when_not_strict() -> None:
     assert type(folded[2].sum) is nn.BatchNorm2d
     assert_clean(folded)
     assert_same(folded, model, x)
+
+
+class PadsItself(nn.Conv2d):
+    """As TensorFlow's 'same' at stride 2, ported: no closed form of the module's own padding explains its output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(x, (0, 1, 1, 2))
+        return nn.functional.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class PadsItselfTwice(PadsItself):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + super().forward(x.flip(0)).relu()
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"groups": 3}, {"dtype": torch.float64}])
+@pytest.mark.parametrize("converted", [True, False])
+def test_a_map_that_pads_by_itself(options: dict, converted: bool) -> None:
+    model = shake(nn.Sequential(PadsItself(3, 6, 3, 2, **options), nn.BatchNorm2d(6, dtype=options.get("dtype"))))
+    x = torch.randn(X, dtype=options.get("dtype")) + 3
+    before = dict(model.named_parameters())
+    if converted:
+        report = convert_(model, CBN(), x)
+        assert "own padding" in report.unpaired[0].reason
+    folded = fold(model.eval(), x)
+    assert isinstance(folded[1], nn.Identity)
+    assert_same(folded, model, x)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("conv", [StandardisedConv(3, 6, 3), PadsItselfTwice(3, 6, 3, 2)])
+def test_a_map_that_does_not_scale_as_its_weight_does_is_refused(conv: nn.Module) -> None:
+    with pytest.raises(AnybatchError, match="its input is not what the map's own weight gives"):
+        fold(shake(nn.Sequential(conv, nn.BatchNorm2d(6))).eval(), torch.randn(X))
+
+
+def test_a_map_that_pads_by_itself_and_has_other_users_is_refused() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = PadsItself(3, 6, 3, 2), nn.BatchNorm2d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.bn(y) + y.mean()
+
+    with pytest.raises(AnybatchError, match="the output of 'conv' is also used by mean"):
+        fold(shake(Net()).eval(), torch.randn(X))
 
 
 def test_weights_that_others_hold_too_stay_theirs() -> None:

@@ -124,3 +124,14 @@ def test_channels_last_is_the_same() -> None:
 def test_other_modules_are_no_linear_maps() -> None:
     assert LinearMap.of(nn.ReLU()) is None
     assert LinearMap.of(nn.Bilinear(2, 2, 2)) is None
+
+
+@pytest.mark.parametrize("padding", [(1, 0), "same", "valid", 1])
+def test_padding_and_dilation_changed_after_building(padding) -> None:
+    conv = nn.Conv2d(2, 3, 3, padding=padding if isinstance(padding, str) else 2, dtype=torch.float64)
+    conv.dilation = (2, 1)  # as segmentation models dilate a trained encoder
+    conv.padding = padding
+    x = torch.randn(2, 2, 9, 7, dtype=torch.float64)
+    y = conv(x)
+    patch = LinearMap.of(conv).mean_patch(x, tuple(y.shape[2:]))
+    torch.testing.assert_close(conv.weight.flatten(1) @ patch[0] + conv.bias, y.mean((0, 2, 3)), **ORACLE)

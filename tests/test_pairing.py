@@ -24,6 +24,13 @@ from .small_models import (
 )
 
 
+class PaddedConv(nn.Conv2d):
+    """Pads by itself, as TensorFlow's convolutions ported to torch do."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
 def paired(model: nn.Module, example_inputs: object) -> dict[str, Pairing]:
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     return pair(model, norms, example_inputs)
@@ -112,11 +119,33 @@ def test_norms_that_have_no_map_say_what_they_normalise() -> None:
     assert reasons["idle"] == "the example run never called it"
 
 
+def test_what_changed_its_input_in_place_is_said() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.BatchNorm2d(4))
+    reason = paired(model, torch.randn(2, 3, 9, 7))["3"].reason
+    assert reason == "fed by no linear map: it normalises the result of batch_norm, then relu"
+
+
 def test_a_weight_that_is_not_the_maps_own_is_found_out() -> None:
     model = nn.Sequential(StandardisedConv(3, 5, 3), nn.BatchNorm2d(5))
     found = paired(model, torch.randn(1, 3, 9, 7))["1"]
     assert not found.feeds
     assert "after '0': its input is not what the map's own weight gives" in found.reason
+
+
+def test_padding_of_the_maps_own_code_is_found_out() -> None:
+    model = nn.Sequential(PaddedConv(3, 5, 3), nn.BatchNorm2d(5))
+    found = paired(model, torch.randn(1, 3, 9, 7))["1"]
+    assert not found.feeds
+    assert "own padding" in found.reason
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e12])
+def test_dead_and_tiny_channels_are_paired(scale: float) -> None:
+    """As in networks of many layers before training: a channel in three is 0, another a billionth of its neighbour."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, groups=3, bias=False), nn.BatchNorm2d(6))
+    x = scale * torch.randn(2, 3, 24, 20) * torch.tensor([1.0, 0.0, 1e-9]).view(3, 1, 1)
+    assert feeds(paired(model, x)) == {"1": ["0"]}
+    assert not paired(nn.Sequential(PaddedConv(3, 6, 3, groups=3), nn.BatchNorm2d(6)), x)["1"].feeds
 
 
 def test_a_norm_that_a_map_feeds_only_sometimes() -> None:

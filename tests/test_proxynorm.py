@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import anybatch as ab
-from anybatch.core.quadrature import _cached_nodes, standard_normal
+from anybatch.core.quadrature import standard_normal
 from anybatch.nn import ProxyNormalization
 
 from .tolerances import HALF, ORACLE, REORDERED, SAME
@@ -478,7 +478,7 @@ def test_another_slope_is_another_activation() -> None:
 def test_inference_mode_before_everything_else() -> None:
     """What is remembered from it serves evaluation without gradients; training computes its own."""
     norm, x = layer().eval(), torch.randn(2, 4, 3, 3, dtype=D, requires_grad=True)
-    _cached_nodes.cache_clear()
+    standard_normal.cache_clear()
     with torch.inference_mode():
         expected = norm(x).relu()
     with torch.no_grad():
@@ -502,3 +502,52 @@ def test_copies_are_on_their_own_and_tensors_can_be_saved() -> None:
         file = io.BytesIO()
         torch.save(norm(x).detach(), file)
     torch.testing.assert_close(norm.float()(x.float()).relu().double(), z, **SAME)
+
+
+class Activated(nn.Module):
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.bn, self.activation = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.bn(self.conv(x)))
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        *(F.relu, Tensor.relu_, nn.ReLU(inplace=True), nn.PReLU(4), nn.GELU("tanh"), nn.Hardswish(), nn.Hardsigmoid()),
+        *(F.tanh, lambda y: F.silu(input=y), lambda y: y.clamp(0, 6), lambda y: (y.relu_(), y)[1]),
+    ],
+)
+@pytest.mark.parametrize("quadrature", ["quantiles", "gauss-hermite"])
+def test_an_exported_network(activation: Callable[[Tensor], Tensor], quadrature: str) -> None:
+    """By torch.export as it is by default, for any number of examples: in place, as a method, by name."""
+    model, x = Activated(activation), torch.randn(5, 3, 6, 7)
+    report = ab.convert_(model, ab.ProxyNorm(quadrature=quadrature, points=9), example_inputs=x)
+    assert report.rows[0].reason.startswith("then ")
+    for parameter in model.eval().bn.parameters():
+        nn.init.normal_(parameter)
+    sizes = ({0: torch.export.Dim("n")},)
+    graph = torch.export.export(model, (x[:3],), dynamic_shapes=sizes).module()
+    torch.testing.assert_close(graph(x), model(x), **REORDERED)
+
+
+def test_an_export_that_goes_astray_is_refused() -> None:
+    model, x = Activated(F.relu), torch.randn(2, 3, 6, 7)
+    ab.convert_(model, ab.ProxyNorm(), example_inputs=x)
+    for astray in (lambda y: y * 2, lambda y: F.relu(y.mul_(2))):
+        model.activation = astray
+        with pytest.raises(ab.AnybatchError, match="was to go to relu and is given to mul"):
+            torch.export.export(model.eval(), (x,))
+
+
+@pytest.mark.parametrize("activation", [nn.Hardswish(), nn.Hardsigmoid()])
+def test_activations_that_the_compiler_does_not_show_are_refused(activation: nn.Module) -> None:
+    """torch's compiler does not hand them to a subclass of tensor: unrefused, the graph would leave the proxy out."""
+    model, x = Activated(activation), torch.randn(2, 3, 6, 7)
+    ab.convert_(model, ab.ProxyNorm(), example_inputs=x)
+    for fullgraph in (True, False):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=r"Proxy Norm: torch\.compile .*cannot follow .*hardswish and hardsigmoid"):
+            torch.compile(model.eval(), backend="eager", fullgraph=fullgraph)(x)

@@ -95,7 +95,10 @@ SaveEvery = Annotated[
     int | None, typer.Option(min=1, help="Save after so many steps, too.", show_default="after every epoch")
 ]
 Recipe = Annotated[
-    Path | None, typer.Option(help="A file of option values (recipes/*.toml); what is typed goes first.")
+    Path | None,
+    typer.Option(
+        help="A file of option values (.toml), or the name of one in docs/recipes.md; what is typed goes first."
+    ),
 ]
 DryRun = Annotated[
     bool,

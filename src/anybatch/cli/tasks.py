@@ -73,7 +73,7 @@ class Asked:
         if self.dry_run:
             from anybatch.lab.dry_run import dry_run
 
-            raise typer.Exit(dry_run(config, console))
+            raise typer.Exit(dry_run(config, console, self.recipe))
         out = self.out or Path(f"results/{task}")
         raise typer.Exit(terminal.train(config, out, self.resume, self.save_every, sys.argv[1:], console, watched=True))
 

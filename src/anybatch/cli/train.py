@@ -2,8 +2,9 @@
 
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,6 +13,7 @@ from anybatch.cli.app import app
 from anybatch.cli.options import (
     Data,
     Device,
+    DryRun,
     GradientMode,
     ImageSize,
     LearningRate,
@@ -19,9 +21,14 @@ from anybatch.cli.options import (
     Mode,
     Network,
     NormWeightDecay,
+    Recipe,
     TestImages,
     TrainImages,
 )
+from anybatch.errors import AnybatchError
+
+if TYPE_CHECKING:
+    from anybatch.lab.config import TrainConfig
 
 
 @app.command()
@@ -83,6 +90,7 @@ def compare(
 
 @app.command()
 def train(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Checkpoint folder: model.safetensors, training.pt, config.json.")] = Path(
         "results/train"
     ),
@@ -103,6 +111,8 @@ def train(
         int | None, typer.Option(min=1, help="Save after so many steps, too.", show_default="after every epoch")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from --out, exactly as if never stopped.")] = False,
+    recipe: Recipe = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Train one network with one method; saves a checkpoint after every epoch, and when it is asked to stop.
 
@@ -110,24 +120,53 @@ def train(
     On several devices: torchrun --nproc-per-node 2 -m anybatch train ...
     """
     from anybatch.lab import terminal
+
+    options = {
+        "method": method,
+        "batch": batch,
+        "seed": seed,
+        "data": data,
+        "train_images": train_images,
+        "test_images": test_images,
+        "image_size": image_size,
+        "network": network,
+        "epochs": epochs,
+        "lr": lr,
+        "mode": mode.value,
+        "device": device,
+        "norm_weight_decay": norm_weight_decay,
+    }
+    typed = {
+        name for name in options if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    }
+    config = _configured(options, typed, recipe)
+    if dry_run:
+        from anybatch.lab.dry_run import dry_run as try_out
+
+        raise typer.Exit(try_out(config, Console(highlight=False), recipe))
+    raise typer.Exit(terminal.train(config, out, resume, save_every, sys.argv[1:], Console(highlight=False)))
+
+
+def _configured(options: dict[str, Any], typed: set[str], recipe: Path | None) -> "TrainConfig":
+    """The options, or a recipe for a classifier with what was typed going before it."""
     from anybatch.lab.config import ClassifyConfig
 
-    config = ClassifyConfig(
-        method=method,
-        batch=batch,
-        seed=seed,
-        data=data,
-        train_images=train_images,
-        test_images=test_images,
-        image_size=image_size,
-        network=network,
-        epochs=epochs,
-        lr=lr,
-        mode=mode.value,
-        device=device,
-        norm_weight_decay=norm_weight_decay,
-    )
-    raise typer.Exit(terminal.train(config, out, resume, save_every, sys.argv[1:], Console(highlight=False)))
+    if recipe is None:
+        return ClassifyConfig(**options)
+    from anybatch.lab.recipes import read_recipe
+    from anybatch.lab.tasks import config_class_of
+
+    read = read_recipe(recipe)
+    if not read.task.startswith("classify"):
+        raise AnybatchError(f"recipe {read.path} is for the task '{read.task}': give it to anybatch {read.task}")
+    config_class = config_class_of(read.task)
+    names = {each.name for each in fields(config_class)}
+    if strange := sorted(typed - names):
+        option = strange[0].replace("_", "-")
+        raise AnybatchError(
+            f"--{option} is for images in memory, and recipe {read.path} trains from files: leave it out"
+        )
+    return config_class(**{**read.values, **{name: options[name] for name in typed}})
 
 
 @app.command()

@@ -13,7 +13,7 @@ from ..errors import AnybatchError
 from ..layers.base import NormLayer
 from ..layers.fused import fused_class
 
-__all__ = ["Where", "batch_norms", "obstacle", "refuse_wrapped", "select"]
+__all__ = ["Where", "batch_norms", "matches", "obstacle", "refuse_wrapped", "select"]
 
 Where = Callable[[str, nn.Module], bool] | str | Sequence[str] | None
 
@@ -80,7 +80,7 @@ def select(call: str, model: nn.Module, where: Where) -> dict[str, str]:
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    chosen = {first for first, norm in norms.items() if any(_matches(where, alias, norm) for alias in names[norm])}
+    chosen = {first for first, norm in norms.items() if any(matches(where, alias, norm) for alias in names[norm])}
     if not chosen:
         patterns = [where] if isinstance(where, str) else [] if callable(where) else list(where or [])
         close = [n for pattern in patterns for n in difflib.get_close_matches(pattern, norms, n=3, cutoff=0.3)]
@@ -95,7 +95,8 @@ def select(call: str, model: nn.Module, where: Where) -> dict[str, str]:
     return reasons
 
 
-def _matches(where: Where, name: str, norm: nn.Module) -> bool:
+def matches(where: Where, name: str, norm: nn.Module) -> bool:
+    """Whether ``where`` chooses the norm of this name."""
     if where is None:
         return True
     if callable(where):

@@ -7,7 +7,7 @@ its opinion is compared.
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -44,12 +44,15 @@ class Pairing:
         reason: why it is unpaired; else empty.
         shared: who else uses what the maps give, or their weights; empty when the norm alone does.
         note: another opinion, of torch.fx; mostly empty.
+        folds_into: the maps of an unpaired norm that it can be folded into all the same, for example those that pad by
+            themselves: no closed form explains their output, but it scales as their weight does.
     """
 
     feeds: tuple[Feed, ...] = ()
     reason: str = ""
     shared: str = ""
     note: str = ""
+    folds_into: tuple[Feed, ...] = ()
 
     @property
     def exclusive(self) -> bool:
@@ -101,7 +104,7 @@ def pair(model: nn.Module, norms: Mapping[str, nn.Module], example_inputs: Any) 
     for name, pairing in pairings.items():
         seen = opinions.get(name)
         if seen is not None and seen not in {feed.name for feed in pairing.feeds}:
-            pairings[name] = Pairing(pairing.feeds, pairing.reason, pairing.shared, f"torch.fx sees '{seen}' feed it")
+            pairings[name] = replace(pairing, note=f"torch.fx sees '{seen}' feed it")
     return pairings
 
 
@@ -111,15 +114,18 @@ def _judge(ledger: Ledger, norm: nn.Module) -> Pairing:
         return Pairing(reason="the example run never called it")
     if all(visit.empty for visit in visits):
         return Pairing(reason="the example run gave it no values")
-    if faults := [visit for visit in visits if visit.reason]:
-        return Pairing(reason=_fault(ledger, faults[0], len(faults) < len(visits)))
+    faults = [visit for visit in visits if visit.reason]
+    reason = _fault(ledger, faults[0], len(faults) < len(visits)) if faults else ""
+    if not all(visit.scales for visit in faults):
+        return Pairing(reason=reason)
     feeds: dict[nn.Module, Feed] = {}
     for visit in visits:
         assert visit.call is not None
         module = visit.call.map
         feeds.setdefault(module, Feed(ledger.names[module], module, visit.inside))
-    shared = dict.fromkeys(other for feed in feeds.values() for other in _others(ledger, feed, norm))
-    return Pairing(tuple(feeds.values()), shared="; ".join(shared))
+    maps = tuple(feeds.values())
+    shared = "; ".join(dict.fromkeys(other for feed in maps for other in _others(ledger, feed, norm)))
+    return Pairing(reason=reason, shared=shared, folds_into=maps) if faults else Pairing(maps, shared=shared)
 
 
 def _fault(ledger: Ledger, visit: Visit, sometimes: bool) -> str:

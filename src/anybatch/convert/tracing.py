@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.linear_map import LinearMap
-from .closed_form import mismatch, unsteady
+from .closed_form import mismatch, scales_with_weight, unsteady
 from .snapshot import run_example, untouched
 
 __all__ = ["MAP_FUNCTIONS", "READS", "Call", "Ledger", "Trail", "Visit", "first_tensor", "tensors_in"]
@@ -67,6 +67,7 @@ class Visit:
     inside: bool = False  # the norm ran inside the map's forward
     empty: bool = False  # on no values at all
     reason: str = ""  # why no map, or not this map, may be relied on
+    scales: bool = False  # the norm can be folded into the map all the same
 
 
 class Ledger(TorchFunctionMode):
@@ -194,6 +195,7 @@ class Ledger(TorchFunctionMode):
             call, x = around[-1]
             call.output = trail
         call.norms.append(norm)
+        scales = False
         if inside and call.map in self._unsteady:
             reason = "every reading of the weight of the map around it changes that weight (spectral_norm)"
         elif trail.changed_by and not inside:
@@ -202,7 +204,8 @@ class Ledger(TorchFunctionMode):
             reason = "the map was called on no tensor"
         else:
             reason = mismatch(call.map, x, y) if y.numel() else ""
-        return Visit(call, inside, empty=not y.numel(), reason=reason)
+            scales = bool(reason) and not inside and scales_with_weight(call.map, x, y)
+        return Visit(call, inside, empty=not y.numel(), reason=reason, scales=scales)
 
     def _unfed(self, trail: Trail) -> str:
         hops, origin = [trail.made_by], trail.source
@@ -212,7 +215,8 @@ class Ledger(TorchFunctionMode):
         if origin is not None and origin.call is not None:
             return f"the output of '{self.names[origin.call.map]}' passes through {', '.join(reversed(hops))} before it"
         functional = " (a function called on its own: no module to follow)" if trail.made_by in MAP_FUNCTIONS else ""
-        return f"fed by no linear map: it normalises the result of {trail.made_by}{functional}".replace(
+        then = f", then {', '.join(dict.fromkeys(trail.changed_by))}" if trail.changed_by else ""
+        return f"fed by no linear map: it normalises the result of {trail.made_by}{functional}{then}".replace(
             "the result of an ", "an "
         )
 

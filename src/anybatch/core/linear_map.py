@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,8 +58,7 @@ class LinearMap:
             return None
         read = _geometry if torch.compiler.is_compiling() else _cached_geometry
         facts = module.groups, tuple(module.kernel_size), tuple(module.stride), tuple(module.dilation)
-        padding: list[int] = module._reversed_padding_repeated_twice  # 'same' and integers alike
-        return read(*facts, tuple(padding), module.padding_mode, isinstance(module, TRANSPOSED))
+        return read(*facts, _padding_of(module), module.padding_mode, isinstance(module, TRANSPOSED))
 
     def rows(self, weight: Tensor) -> Tensor:
         """The weight as one row an output channel, (C, K); differentiable, so a gradient keeps its own layout."""
@@ -189,6 +189,22 @@ class LinearMap:
 
     def _along(self, d: int) -> tuple[int, int, int, tuple[int, int], str, bool]:
         return self.kernel[d], self.stride[d], self.dilation[d], self.pads[d], self.padding_mode, self.transposed
+
+
+def _padding_of(module: Any) -> tuple[int, ...]:
+    """(last dimension before, after, ..., first dimension before, after), as the forward of a convolution reads it.
+
+    Zeros are padded by ``padding`` as it is now: models are dilated after they are built. Other modes go by what the
+    constructor noted.
+    """
+    kernel, padding = module.kernel_size, module.padding
+    if module.padding_mode != "zeros" or padding == "valid":
+        return tuple(module._reversed_padding_repeated_twice)
+    if padding == "same":
+        spans = [d * (k - 1) for d, k in zip(module.dilation, kernel, strict=True)]
+        return tuple(side for span in reversed(spans) for side in (span // 2, span - span // 2))
+    each = padding if isinstance(padding, tuple) else (padding,) * len(kernel)
+    return tuple(side for pad in reversed(each) for side in (pad, pad))
 
 
 def _geometry(

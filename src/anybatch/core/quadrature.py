@@ -15,14 +15,10 @@ __all__ = ["QUADRATURES", "standard_normal"]
 QUADRATURES = ("quantiles", "gauss-hermite")
 
 
+@lru_cache
 def standard_normal(kind: str, points: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Nodes (n,) and shares (n,), computed in float64; one of ``QUADRATURES``."""
-    nodes_of = _nodes if torch.compiler.is_compiling() else _cached_nodes
-    return nodes_of(kind, points, dtype, device)
-
-
-def _nodes(kind: str, points: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         if kind == "quantiles":
             at = (2 * torch.arange(points, dtype=torch.float64) + 1) / points - 1
             nodes, shares = math.sqrt(2) * torch.erfinv(at), torch.full_like(at, 1 / points)
@@ -31,6 +27,3 @@ def _nodes(kind: str, points: int, dtype: torch.dtype, device: torch.device) -> 
             nodes, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
             shares = vectors[0].square()
         return nodes.to(device, dtype), shares.to(device, dtype)
-
-
-_cached_nodes = lru_cache(_nodes)

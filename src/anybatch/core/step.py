@@ -13,6 +13,9 @@ m values to a moment and sums over these:
     measure:       dy = (what flows to the y it gave back) + dmean / m + 2 dvar (y - mean) / m
 
 ``measure`` gives y back so that both gradients of y meet in one pass over it.
+
+Under torch.export both are written out in torch's elementwise operations and means, which every runtime has; BatchNorm
+with moments that are computed is more than most of them take.
 """
 
 from typing import Any
@@ -21,14 +24,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .affine import normalise, normalise_backward, through_moments
-from .moments import moments
+from .affine import normalise, normalise_backward, per_channel, through_moments
+from .moments import compute_dtype, moments
 
 __all__ = ["measure", "normalise_by", "shaped_as"]
 
 
 def measure(y: Tensor, by_example: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """``y`` (N, C, *) itself, and its means and population variances: (1, C) over (N, *), or (N, C) over * alone."""
+    if torch.compiler.is_exporting():
+        return y, *_measure_written_out(y, by_example)
     same, mean, var = _Measure.apply(y, by_example)  # type: ignore[no-untyped-call]
     return same, mean, var
 
@@ -46,8 +51,26 @@ def normalise_by(
         bias: likewise; None for zeros.
         eps: inside the square root.
     """
+    if torch.compiler.is_exporting():
+        return _normalise_written_out(y, mean, var, weight, bias, eps)
     out: Tensor = _Normalise.apply(y, mean, var, weight, bias, eps)  # type: ignore[no-untyped-call]
     return out
+
+
+def _measure_written_out(y: Tensor, by_example: bool) -> tuple[Tensor, Tensor]:
+    wide = y.to(compute_dtype(y.dtype))
+    wide = wide.flatten(2) if y.dim() > 2 else wide.unsqueeze(2)
+    var, mean = torch.var_mean(wide, [2] if by_example else [0, 2], correction=0)
+    return (mean, var) if by_example else (mean[None], var[None])
+
+
+def _normalise_written_out(
+    y: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    out = (y - per_channel(mean, y)) * per_channel(torch.rsqrt(var + eps), y)
+    out = out if weight is None else out * per_channel(weight.to(mean.dtype), y)
+    out = out if bias is None else out + per_channel(bias.to(mean.dtype), y)
+    return out.to(y.dtype)
 
 
 def _rows(y: Tensor, examples: int) -> Tensor:

@@ -12,7 +12,7 @@ __all__ = ["at_hand", "finite", "function_name", "version"]
 
 def version(tensor: Tensor) -> int:
     """How often a tensor was changed in place; 0 for one made in inference mode, and inside a compiled graph."""
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+    return 0 if torch.compiler.is_dynamo_compiling() or tensor.is_inference() else tensor._version
 
 
 def function_name(func: Callable[..., Any]) -> str:

@@ -22,7 +22,7 @@ from ..layers.base import NormLayer
 from ..layers.feed import FedLayer
 from ..layers.fused import tail_of
 
-__all__ = ["fold", "fold_weights"]
+__all__ = ["fold", "fold_weights", "refusals"]
 
 
 def fold_weights(
@@ -69,24 +69,11 @@ def fold(model: nn.Module, example_inputs: Any = None, strict: bool = True) -> n
             reason: no map feeds it, its map's output or weight has other users, the map's weight is computed
             (weight_norm), it keeps no running statistics, or it does more than BatchNorm.
     """
-    refuse_wrapped("fold", model)
-    norms = batch_norms(model)
-    if not norms or "" in norms:
-        raise AnybatchError(f"fold: {type(model).__name__} has no BatchNorm inside that could be folded")
-    if model.training or any(norm.training for norm in norms.values()):
-        raise AnybatchError(
-            "fold: the model is in training mode, and folding is for inference: call model.eval() first"
-        )
-    pairings = _pairings(model, norms, example_inputs)
-    reasons = {name: _refusal(norm, pairings[name]) for name, norm in norms.items()}
-    feeding = Counter(feed.module for pairing in pairings.values() for feed in pairing.feeds)
-    for name, pairing in pairings.items():
-        if several := [feed.name for feed in pairing.feeds if feeding[feed.module] > 1]:
-            reasons[name] = reasons[name] or f"'{several[0]}' feeds several norms"
+    pairings, reasons = _plan(model, example_inputs)
     if any(reasons.values()) and (strict or (example_inputs is None and all(reasons.values()))):
         raise AnybatchError(_complaint(reasons))
 
-    names = {name: [feed.name for feed in pairings[name].feeds] for name, reason in reasons.items() if not reason}
+    names = {name: [feed.name for feed in _maps(pairings[name])] for name, reason in reasons.items() if not reason}
     folded = copy.deepcopy(model)
     instead: dict[nn.Module, nn.Module] = {}
     for name, norm in batch_norms(folded).items():
@@ -103,6 +90,38 @@ def fold(model: nn.Module, example_inputs: Any = None, strict: bool = True) -> n
         share_hooks(old, new)
     swap(folded, instead)
     return folded
+
+
+def refusals(model: nn.Module, example_inputs: Any = None) -> dict[str, str]:
+    """Why each norm would not be folded, by name and in the model's order; '' for one that would.
+
+    Args:
+        model: as for :func:`fold`.
+        example_inputs: likewise.
+
+    Raises:
+        AnybatchError: as there, but for norms that cannot be folded.
+    """
+    return _plan(model, example_inputs)[1]
+
+
+def _plan(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Pairing], dict[str, str]]:
+    """What feeds each norm, and why it cannot be folded, '' where it can."""
+    refuse_wrapped("fold", model)
+    norms = batch_norms(model)
+    if not norms or "" in norms:
+        raise AnybatchError(f"fold: {type(model).__name__} has no BatchNorm inside that could be folded")
+    if model.training or any(norm.training for norm in norms.values()):
+        raise AnybatchError(
+            "fold: the model is in training mode, and folding is for inference: call model.eval() first"
+        )
+    pairings = _pairings(model, norms, example_inputs)
+    reasons = {name: _refusal(norm, pairings[name]) for name, norm in norms.items()}
+    feeding = Counter(feed.module for pairing in pairings.values() for feed in _maps(pairing))
+    for name, pairing in pairings.items():
+        if several := [feed.name for feed in _maps(pairing) if feeding[feed.module] > 1]:
+            reasons[name] = reasons[name] or f"'{several[0]}' feeds several norms"
+    return pairings, reasons
 
 
 def _pairings(model: nn.Module, norms: dict[str, _BatchNorm], example_inputs: Any) -> dict[str, Pairing]:
@@ -125,6 +144,11 @@ def _pairings(model: nn.Module, norms: dict[str, _BatchNorm], example_inputs: An
     )
 
 
+def _maps(pairing: Pairing) -> tuple[Feed, ...]:
+    """What the norm would be folded into."""
+    return pairing.feeds or pairing.folds_into
+
+
 def _refusal(norm: _BatchNorm, pairing: Pairing) -> str:
     if not isinstance(norm, nn.SyncBatchNorm) and (reason := obstacle(norm)):  # which evaluates as BatchNorm
         return reason
@@ -134,9 +158,9 @@ def _refusal(norm: _BatchNorm, pairing: Pairing) -> str:
         return f"it evaluates with alpha={alpha} of an example's own moments: weigh_examples_(model, 0) takes that back"
     if not getattr(norm, "foldable", True):
         return f"{type(norm).__name__} in evaluation is more than a scale and a shift per channel"
-    if pairing.reason or pairing.shared:
-        return pairing.reason or pairing.shared
-    for feed in pairing.feeds:
+    if not _maps(pairing) or pairing.shared:
+        return pairing.shared or pairing.reason
+    for feed in _maps(pairing):
         computed = parametrize.is_parametrized(feed.module) or "weight" not in feed.module._parameters
         if computed:
             return f"'{feed.name}' computes its weight (weight_norm, pruning or the like): make that permanent first"

@@ -39,7 +39,7 @@ class Classify(Task[ClassifyConfig]):
         torch.manual_seed(self.config.seed)
         model = networks.build(self.config.network, len(self.dataset.classes), self.dataset.train_images.shape[1])
         example = self.dataset.normalise(self.dataset.train_images[:2])
-        convert_(model, self.config.norm(self.train_count), example_inputs=(example,))
+        self.conversion = str(convert_(model, self.config.norm(self.train_count), example_inputs=(example,)))
         return model.to(self.config.device).train()
 
     def batch(self, indices: Tensor, seen: int) -> tuple[Tensor, Tensor]:

@@ -21,17 +21,18 @@ def deploy(
 
     Args:
         folder: of train, detect or segment.
-        format: see `export`; likewise `opset` and `part`.
+        format: see `export`.
         out: the file; None: 'deploy' and the format's suffix, in the folder.
+        opset: see `export`.
         fixed_batch: export for as many examples as evaluation gives at once in its example: one.
+        part: see `export`.
         console: to print on.
 
     Raises:
         AnybatchError: there is no checkpoint, or what `export` raises.
     """
     task, model = open_trained(folder)
-    method = task.config.resolved_method(task.train_count)
-    facts = {"anybatch": machine.anybatch_version(), "method": method, "config": json.dumps(task.config.record())}
+    facts = {"anybatch": machine.anybatch_version(), "norm": task.norm(), "config": json.dumps(task.config.record())}
     suffix = FORMATS[format].suffix if format in FORMATS else ""
     done = export(model, task.example(), out or folder / f"deploy{suffix}", format, opset, not fixed_batch, part, facts)
     kind = f"ONNX, opset {done.opset}" if done.opset else done.format
@@ -43,7 +44,7 @@ def deploy(
     )
     run_by = {"onnx": "in onnxruntime", "torch-export": "loaded again", "safetensors": "loaded again"}[format]
     console.print(
-        f"Checked: {run_by}, on {', '.join(done.checked)}, it differs from the trained model by at most "
+        f"Checked: {run_by}, on {' and '.join(done.checked)}, it differs from the trained model by at most "
         f"{done.difference:.1e} of the largest output",
         soft_wrap=True,
     )
@@ -54,11 +55,11 @@ def deploy(
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         console.print(f"  {escape(', '.join(names[:4]))}{more}: {escape(reason)}", soft_wrap=True)
     console.print("To run it:")
-    for line in how_to_run(done, method):
+    for line in how_to_run(done, task.norm()):
         console.print(f"  {escape(line)}", soft_wrap=True)
 
 
-def how_to_run(done: Exported, method: str) -> list[str]:
+def how_to_run(done: Exported, norm: str) -> list[str]:
     """Lines of Python that load an exported file and run it."""
     shapes = [f"({', '.join(['N' if done.any_batch else str(s[0]), *map(str, s[1:])])})" for s in done.inputs if s]
     takes = f"# float32, {' and '.join(shapes)}"
@@ -78,8 +79,10 @@ def how_to_run(done: Exported, method: str) -> list[str]:
         ]
     lines = ["import anybatch as ab, safetensors.torch"]
     if done.left:
-        lines.append(f"ab.convert_(model, ab.parse_method({method!r}), input)  # the network, built as for training")
+        lines.append(f"# model is the network with the norms that it was trained with, {norm}")
+    if done.thawed:
+        lines.append("anybatch.integrations.frozen.thaw_(model)  # its frozen BatchNorms are folded too")
     if done.folded:
         strict = ", strict=False" if done.left else ""
-        lines.append(f"model = ab.fold(model.eval(), input{strict})  # its convolutions have a bias now, {takes[2:]}")
+        lines.append(f"model = ab.fold(model.eval(), input{strict})  # then the maps have a bias; input is {takes[2:]}")
     return [*lines, f"model.load_state_dict(safetensors.torch.load_file({str(done.path)!r}))"]

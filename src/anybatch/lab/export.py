@@ -37,6 +37,7 @@ class Exported:
         any_batch: whether it takes any number of examples, or only as many as its example had.
         nodes: operations of the graph; of safetensors, tensors.
         folded: norms that are in no graph any more, their work done by the weights before them.
+        thawed: of these, norms that were frozen BatchNorms (`anybatch.integrations.frozen`).
         left: why each norm that is still there is, by name.
         checked: on which inputs the file was held against the model.
         difference: the largest one found, as a share of the output's largest value.
@@ -50,6 +51,7 @@ class Exported:
     any_batch: bool
     nodes: int
     folded: int
+    thawed: int
     left: Mapping[str, str]
     checked: tuple[str, ...]
     difference: float
@@ -63,11 +65,13 @@ class Stripped(NamedTuple):
     Attributes:
         model: in evaluation mode, on the CPU, every norm folded that can be.
         folded: names of these norms.
+        thawed: of those that were frozen BatchNorms.
         left: why each other norm stays, by name.
     """
 
     model: nn.Module
     folded: tuple[str, ...]
+    thawed: tuple[str, ...]
     left: Mapping[str, str]
 
 
@@ -132,6 +136,7 @@ def export(
         any_batch=any_batch,
         nodes=written.nodes,
         folded=len(stripped.folded),
+        thawed=len(stripped.thawed),
         left=left,
         checked=tuple(trials),
         difference=difference,
@@ -151,8 +156,8 @@ def strip(model: nn.Module, args: Args) -> Stripped:
         AnybatchError: the model is wrapped, or raises on ``args``.
     """
     deployed = copy.deepcopy(model)
-    if any("FrozenBatchNorm" in type(module).__name__ for module in deployed.modules()):
-        thaw_(deployed)
+    frozen = any("FrozenBatchNorm" in type(module).__name__ for module in deployed.modules())
+    thawed = thaw_(deployed) if frozen else ()
     reasons: dict[str, str] = {}
     if batch_norms(deployed):
         reasons = refusals(deployed, (args, {}))
@@ -162,7 +167,7 @@ def strip(model: nn.Module, args: Args) -> Stripped:
         for name, module in deployed.named_modules()
         if isinstance(module, _NORMS)
     }
-    return Stripped(deployed, tuple(name for name, reason in reasons.items() if not reason), left)
+    return Stripped(deployed, tuple(name for name, reason in reasons.items() if not reason), thawed, left)
 
 
 def _format(name: str, opset: int | None) -> Format:
@@ -214,22 +219,27 @@ def _part_of(stripped: Stripped, args: Args, name: str) -> tuple[Stripped, Args]
     if not calls:
         raise AnybatchError(f"the model does not call '{name}' in evaluation: export another part")
     inside = f"{name}."
-    folded = tuple(norm.removeprefix(inside) for norm in stripped.folded if norm.startswith(inside))
+    folded, thawed = (
+        tuple(norm.removeprefix(inside) for norm in norms if norm.startswith(inside))
+        for norms in (stripped.folded, stripped.thawed)
+    )
     left = {norm.removeprefix(inside): why for norm, why in stripped.left.items() if norm.startswith(inside)}
-    return Stripped(modules[name], folded, left), _on_cpu(calls[0])
+    return Stripped(modules[name], folded, thawed, left), _on_cpu(calls[0])
 
 
 def _trials(args: Args, any_batch: bool) -> dict[str, Args]:
     """Inputs to compare on: the example, others made of it, and noise of its mean and spread."""
+    if _length(args) is None:  # a detector's: in noise it finds boxes of equal scores, which rounding puts in any order
+        return {"a real example": args}
     if not any_batch:
-        return {"noise": _noise(args), "the example": args}
+        return {"noise": _noise(args), "a real example": args}
     one: Args = tuple(tensor[:1] for tensor in args)
     three: Args = tuple(_three(tensor) for tensor in one)
     return {
-        "noise at batch 1": _noise(one),
-        "the example at batch 1": one,
+        "noise": _noise(one),
+        "a real example": one,
         "noise at batch 3": _noise(three),
-        "the example at batch 3": three,
+        "real examples at batch 3": three,
     }
 
 

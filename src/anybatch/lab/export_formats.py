@@ -72,11 +72,14 @@ class Format(NamedTuple):
 
 def norms_of_graph(program: torch.export.ExportedProgram) -> dict[str, str]:
     """The operations of a captured graph that normalise, by the name of the module that calls them."""
-    return {
-        _module_of(node): str(node.target)
-        for node in program.graph.nodes
-        if node.op == "call_function" and _ATEN_NORM.search(str(node.target))
-    }
+    return {_module_of(node): str(node.target) for node in _calls(program) if _ATEN_NORM.search(str(node.target))}
+
+
+def _calls(program: torch.export.ExportedProgram) -> list[torch.fx.Node]:
+    """Every operation, those under another mode of autocast or of gradients included: they have graphs of their own."""
+    graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    calls = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
+    return [node for node in calls if not isinstance(node.target, torch._ops.HigherOrderOperator)]
 
 
 def _module_of(node: torch.fx.Node) -> str:
@@ -106,7 +109,7 @@ def _capture(model: nn.Module, args: Args, any_batch: bool) -> torch.export.Expo
 
 
 def _written(program: torch.export.ExportedProgram, content: bytes, nodes: int, kinds: Mapping[str, int]) -> Written:
-    stacks = [node.meta.get("nn_module_stack") or {} for node in program.graph.nodes]
+    stacks = [node.meta.get("nn_module_stack") or {} for node in _calls(program)]
     reached = frozenset(str(path) for stack in stacks for path, _ in stack.values())
     return Written(content, nodes, norms_of_graph(program), kinds, reached)
 
@@ -153,9 +156,9 @@ def _read_onnx(content: bytes, model: nn.Module) -> Runner:
 def _write_program(model: nn.Module, args: Args, any_batch: bool, opset: int, facts: Mapping[str, str]) -> Written:
     program, buffer = _capture(model, args, any_batch), io.BytesIO()
     torch.export.save(program, buffer, extra_files=dict(facts))
-    norms = [str(node.target) for node in program.graph.nodes if _ATEN_NORM.search(str(node.target))]
-    nodes = sum(node.op == "call_function" for node in program.graph.nodes)
-    return _written(program, buffer.getvalue(), nodes, {kind: norms.count(kind) for kind in sorted(set(norms))})
+    calls = [str(node.target) for node in _calls(program)]
+    norms = [target for target in calls if _ATEN_NORM.search(target)]
+    return _written(program, buffer.getvalue(), len(calls), {kind: norms.count(kind) for kind in sorted(set(norms))})
 
 
 def _read_program(content: bytes, model: nn.Module) -> Runner:

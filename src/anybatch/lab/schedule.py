@@ -76,7 +76,7 @@ class Schedule:
     def lr(self, images: int) -> float:
         """The learning rate of the step that comes after so many images."""
         if self.milestones:
-            rate = self.peak_lr / 10 ** bisect_right(self.milestones, images)
+            rate = self.peak_lr / 10.0 ** bisect_right(self.milestones, images)
         else:
             rate = self.peak_lr * 0.5 * (1 + math.cos(math.pi * images / self.total))
         if images < self.warmup:

@@ -82,7 +82,12 @@ class Task(ABC, Generic[C]):
 
     @abstractmethod
     def example(self) -> Any:
-        """What evaluation gives a model, of one example, preprocessed and on the CPU: a tensor or a tuple of arguments."""
+        """One example as evaluation gives it to a model, on the CPU: a tensor, or a tuple of arguments."""
+
+    def stand_in(self, images: int) -> None:
+        """Goes on without the data, as a dry run may, as if there were so many training images."""
+        self.train_count = images
+        self.notes += (f"there is no data folder '{self.config.data}': {images:,} training images, as the recipe says",)
 
     def show(self, model: nn.Module, folder: Path) -> dict[str, str]:
         """Pictures of what a trained model does: names of SVG or PNG files in `folder`, by caption."""

@@ -8,19 +8,32 @@ from anybatch.errors import AnybatchError
 from anybatch.lab.config import TrainConfig
 from anybatch.lab.task import Task
 
-__all__ = ["config_of", "open_task"]
+__all__ = ["config_class_of", "config_of", "open_dry", "open_task"]
 
 
 class _Place(NamedTuple):
-    """Where a task's configuration is, and the function from it to the task with its data."""
+    """Where a task's configuration is, and the functions from it to the task with its data, and to one for a dry run.
+
+    A dry run's takes the numbers of images and of classes too, None if they are not known, for where there are no data.
+    """
 
     config: str
     opener: str
+    dry: str = ""
 
 
 _TASKS = {
     "classify": _Place("anybatch.lab.config:ClassifyConfig", "anybatch.lab.classify:open_classify"),
-    "detect": _Place("anybatch.lab.detection.config:DetectConfig", "anybatch.lab.detection.task:open_detect"),
+    "classify-folder": _Place(
+        "anybatch.lab.streaming.config:StreamConfig",
+        "anybatch.lab.streaming.task:open_stream",
+        "anybatch.lab.streaming.task:dry_stream",
+    ),
+    "detect": _Place(
+        "anybatch.lab.detection.config:DetectConfig",
+        "anybatch.lab.detection.task:open_detect",
+        "anybatch.lab.detection.dry:dry_detect",
+    ),
     "segment": _Place("anybatch.lab.segmentation.config:SegmentConfig", "anybatch.lab.segmentation.task:open_segment"),
 }
 
@@ -35,6 +48,24 @@ def open_task(config: TrainConfig) -> Task[TrainConfig]:
     return task
 
 
+def open_dry(config: TrainConfig, images: int | None, classes: int | None) -> Task[TrainConfig]:
+    """As `open_task`, for a run that only tries the model; without the data where it can do without them.
+
+    Args:
+        config: of the run.
+        images: training images that there would be, where there are no data; None if that is not known.
+        classes: likewise.
+
+    Raises:
+        AnybatchError: it cannot do without what is not there.
+    """
+    place = _TASKS[config.task]
+    if not place.dry:
+        return open_task(config)
+    task: Task[TrainConfig] = _imported(place.dry)(config, images, classes)
+    return task
+
+
 def config_of(record: Mapping[str, Any]) -> TrainConfig:
     """The configuration that `TrainConfig.record` wrote; records from before there were tasks are classifiers'.
 
@@ -43,11 +74,20 @@ def config_of(record: Mapping[str, Any]) -> TrainConfig:
         TypeError: it has no such fields.
     """
     values = dict(record)
-    name = values.pop("task", "classify")
-    if name not in _TASKS:
-        raise AnybatchError(f"there is no task '{name}': there are {', '.join(_TASKS)}")
-    config: TrainConfig = _imported(_TASKS[name].config)(**values)
+    config: TrainConfig = config_class_of(values.pop("task", "classify"))(**values)
     return config
+
+
+def config_class_of(task: str) -> type[TrainConfig]:
+    """The configuration of the task of that name.
+
+    Raises:
+        AnybatchError: there is none.
+    """
+    if task not in _TASKS:
+        raise AnybatchError(f"there is no task '{task}': there are {', '.join(_TASKS)}")
+    found: type[TrainConfig] = _imported(_TASKS[task].config)
+    return found
 
 
 def _imported(place: str) -> Any:

@@ -6,6 +6,7 @@ is refused: the layer would be left half done.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -19,6 +20,8 @@ __all__ = ["Activates", "Activation", "await_activation"]
 
 # Functions that give a tensor to look at, without a gradient.
 _LOOKS = {"detach", "data", "grad"}
+# Functions of torch that its compiler does not hand to a subclass of tensor (2.13): they would go by unnoticed.
+_UNSEEN_BY_THE_COMPILER = {"hardswish", "hardsigmoid"}
 
 
 class Activation(NamedTuple):
@@ -49,13 +52,25 @@ class Activates(Protocol):
 
 def await_activation(u: Tensor, layer: Activates) -> Tensor:
     """``u`` itself, to be given to the activation of ``layer``; no one else may have it yet."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
+        if layer.activation in _UNSEEN_BY_THE_COMPILER:
+            from torch._dynamo.comptime import comptime
+
+            comptime(_refuse)  # an error raised here would only break the graph, and go unnoticed in its next part
         out = u.as_subclass(_Awaiting)
     else:
         out = cast("_Awaiting", u)
-        out.__class__ = _Awaiting  # as_subclass would make a view, which a checkpoint does not let be changed in place
+        # as_subclass would make a view, which a checkpoint does not let be changed in place
+        out.__class__ = _awaiting(type(u))
     out.layer = layer
     return out
+
+
+def _refuse(context: Any) -> None:
+    raise AnybatchError(
+        "Proxy Norm: torch.compile and torch.export(strict=True) cannot follow its output into hardswish and "
+        "hardsigmoid; leave this part of the model uncompiled (torch.compiler.disable), or export with strict=False"
+    )
 
 
 class _Awaiting(Tensor):
@@ -69,7 +84,7 @@ class _Awaiting(Tensor):
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """The layer's word where ``func`` is the activation, torch's where it computes nothing, else an error."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return _traced(func, args, kwargs or {})
         waiting: list[_Awaiting] = []
 
@@ -88,8 +103,11 @@ class _Awaiting(Tensor):
             before = version(u)
             result = func(*args, **kwargs)
             if name == u.layer.activation and args[0] is u:
-                out = u.layer.activated(result.as_subclass(Tensor), Activation(func, tuple(args[1:]), kwargs))
+                plain = result.as_subclass(Tensor) if type(result) is _Awaiting else result
+                out = u.layer.activated(plain, Activation(func, tuple(args[1:]), kwargs))
                 u.done = out if result is u else None
+                if u.done is not None and type(u) is not _Awaiting:
+                    u.copy_(out)  # a graph has no done: whoever holds u gets what it was told last
                 return out
             if name == "view_as":  # of a full backward hook on the norm
                 return await_activation(result, u.layer)
@@ -97,6 +115,12 @@ class _Awaiting(Tensor):
             if idle or name in _LOOKS or not any(isinstance(t, Tensor) for t in tree_leaves(result)):
                 return result
         raise _astray(u.layer, name)
+
+
+@lru_cache
+def _awaiting(kind: type[Tensor]) -> type[_Awaiting]:
+    """What a tensor of ``kind`` becomes: torch.export runs a model on a subclass of its own, which it has to stay."""
+    return _Awaiting if kind in (Tensor, _Awaiting) else type("_Awaiting", (_Awaiting, kind), {})
 
 
 def _traced(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -120,6 +120,7 @@ class ProxyNormalization(NormLayer):
         )
         if base == "group":
             check_divides("ProxyNorm", "groups", groups, num_features)
+        self._quadrature = standard_normal(quadrature, points, torch.float64, torch.device("cpu"))
         self._cache: tuple[list[Any], tuple[Tensor, Tensor]] | None = None
         if activation:
             self._make_proxy(device, dtype)
@@ -223,7 +224,7 @@ class ProxyNormalization(NormLayer):
     def proxy_moments(self, activation: Activation, dims: int) -> tuple[Tensor, Tensor]:
         """Mean and variance (C,) of act(gamma P + beta), laid out as an input of the layer with ``dims`` dimensions."""
         dtype = compute_dtype(self.proxy_weight.dtype)
-        nodes, shares = standard_normal(self.quadrature, self.points, dtype, self.proxy_weight.device)
+        nodes, shares = self._standard_normal(dtype, self.proxy_weight.device)
         scale, shift = 1 + self.proxy_weight.to(dtype), self.proxy_bias.to(dtype)
         if self.weight is not None:
             scale, shift = scale * self.weight.to(dtype), shift * self.weight.to(dtype)
@@ -232,6 +233,12 @@ class ProxyNormalization(NormLayer):
         p = torch.addcmul(shift, nodes[:, None], scale)
         values = activation(p.view(len(nodes), -1, *[1] * (dims - 2))).flatten(1).t()
         return pool(values, values.new_zeros(()), shares)
+
+    def _standard_normal(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():  # constants of the graph, which could not look them up, or has no erfinv
+            nodes, shares = self._quadrature
+            return nodes.to(device, dtype), shares.to(device, dtype)
+        return standard_normal(self.quadrature, self.points, dtype, device)
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:

@@ -1,9 +1,11 @@
 """What a segmentation run depends on."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 from anybatch.errors import AnybatchError
 from anybatch.lab.config import TrainConfig
+from anybatch.lab.segmentation.examples import Intensity
 from anybatch.lab.segmentation.networks import NETWORKS
 from anybatch.methods import METHODS
 
@@ -25,6 +27,8 @@ class SegmentConfig(TrainConfig):
             pixels of an image, 64 voxels of a volume.
         image_size: pixels a side that images are resized to; None leaves them as they are.
         spacing: millimetres between voxels that volumes are resampled to; None leaves them as they are.
+        intensity: what an example is normalised by: its own mean and variance ("example"), or those of all training
+            examples ("data"); None is "example" for NIfTI volumes that are no CT, "data" for all else.
     """
 
     task = "segment"
@@ -42,6 +46,7 @@ class SegmentConfig(TrainConfig):
     patch: int | None = None
     image_size: int | None = None
     spacing: float | None = None
+    intensity: Intensity | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +58,8 @@ class SegmentConfig(TrainConfig):
                 raise AnybatchError(f"{option} is {value}: give at least {least}")
         if self.spacing is not None and not self.spacing > 0:
             raise AnybatchError(f"spacing is {self.spacing}: give millimetres, above 0")
+        if self.intensity not in (None, *get_args(Intensity)):
+            raise AnybatchError(f"there is no intensity '{self.intensity}': choose example or data")
         multiple = NETWORKS[self.network].multiple
         if self.patch is not None and (self.patch < 1 or self.patch % multiple):
             raise AnybatchError(

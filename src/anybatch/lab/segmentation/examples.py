@@ -4,17 +4,27 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from anybatch.errors import AnybatchError
 
-__all__ = ["IGNORE", "Example", "Examples", "Files", "Stored", "example"]
+__all__ = ["IGNORE", "Example", "Examples", "Files", "Intensity", "Moments", "Stored", "example", "pooled"]
+
+Intensity = Literal["example", "data"]
 
 IGNORE = 255  # in a mask: neither trained on nor measured
 MEMORY = 2 * 1024**3  # bytes that the examples of one split may take; what is beyond is read each time
+
+
+class Moments(NamedTuple):
+    """Mean and standard deviation per channel, (C,) each, of so many pixels."""
+
+    mean: Tensor
+    std: Tensor
+    pixels: int
 
 
 class Example(NamedTuple):
@@ -23,25 +33,34 @@ class Example(NamedTuple):
     Attributes:
         image: as read, uint8 or float32; (C, H, W) or (C, D, H, W).
         mask: uint8, of classes or `IGNORE`; the image's shape without C.
-        mean: per channel of the whole image, (C,). Likewise `std`, which is 1 where the channel is constant.
+        moments: that it is normalised by: its own, or those of all training examples.
     """
 
     image: Tensor
     mask: Tensor
-    mean: Tensor
-    std: Tensor
+    moments: Moments
 
     def normalise(self, image: Tensor) -> Tensor:
-        """This image or a part of it -> float32; the whole has zero mean and unit variance per channel."""
-        shape = (-1,) + (1,) * (image.dim() - 1)
-        return (image.float() - self.mean.view(shape)) / self.std.view(shape)
+        """This image or a part of it -> float32, of about zero mean and unit variance; a constant channel is 0."""
+        mean, std = (m.view(-1, *[1] * (image.dim() - 1)) for m in (self.moments.mean, self.moments.std))
+        return (image.float() - mean) / std.where(std > 0, 1)
 
 
 def example(image: Tensor, mask: Tensor) -> Example:
-    """The example with its moments."""
-    values = image.flatten(1).double()
-    std, mean = torch.std_mean(values, dim=1, correction=0)
-    return Example(image, mask, mean.float(), torch.where(std > 0, std, 1).float())
+    """The example with its own moments."""
+    std, mean = torch.std_mean(image.flatten(1).double(), dim=1, correction=0)
+    return Example(image, mask, Moments(mean.float(), std.float(), mask.numel()))
+
+
+def pooled(parts: Sequence[Moments]) -> Moments:
+    """The moments of all pixels together: the mean of the variances and the variance of the means."""
+    pixels = sum(part.pixels for part in parts)
+    share = torch.tensor([part.pixels / pixels for part in parts], dtype=torch.float64).unsqueeze(1)
+    means = torch.stack([part.mean for part in parts]).double()
+    stds = torch.stack([part.std for part in parts]).double()
+    mean = (share * means).sum(0)
+    variance = (share * (stds**2 + (means - mean) ** 2)).sum(0)
+    return Moments(mean.float(), variance.sqrt().float(), pixels)
 
 
 class Files(NamedTuple):
@@ -57,11 +76,17 @@ class Stored(Sequence[Example]):
     Args:
         files: of the examples.
         read: one of them.
+        change: made to an example each time it is asked for.
     """
 
-    def __init__(self, files: Sequence[Files], read: Callable[[Files], Example]) -> None:
-        self._files, self._read = tuple(files), read
-        self._kept: dict[int, Example] = {}
+    def __init__(
+        self,
+        files: Sequence[Files],
+        read: Callable[[Files], Example],
+        change: Callable[[Example], Example] = lambda example: example,
+    ) -> None:
+        self._files, self._read, self.change = tuple(files), read, change
+        self._kept: dict[Files, Example] = {}
         self._left = MEMORY
 
     def __len__(self) -> int:
@@ -73,19 +98,18 @@ class Stored(Sequence[Example]):
     def __getitem__(self, index: slice) -> "Stored": ...
     def __getitem__(self, index: int | slice) -> "Example | Stored":
         if isinstance(index, slice):
-            part = Stored(self._files[index], self._read)
-            places = range(len(self._files))[index]
-            part._kept = {new: self._kept[old] for new, old in enumerate(places) if old in self._kept}
-            part._left = self._left
+            part = Stored(self._files[index], self._read, self.change)
+            part._kept, part._left = self._kept, self._left
             return part
-        if index not in self._kept:
-            read = self._read(self._files[index])
+        files = self._files[index]
+        if files not in self._kept:
+            read = self._read(files)
             size = read.image.nbytes + read.mask.nbytes
             if size > self._left:
-                return read
-            self._kept[index] = read
+                return self.change(read)
+            self._kept[files] = read
             self._left -= size
-        return self._kept[index]
+        return self.change(self._kept[files])
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,40 @@
 """The default data: volumes and scenes composed of real Fashion-MNIST garments. No download, and no real patients.
 
-A volume holds one to five solids in textured noise: a garment's image, scaled, is the middle slice of a solid that
-thins out towards its ends, as brightness allows. How bright the solids are against the noise, how many they are and
-how large, differs from volume to volume, so that the channel statistics of one say little about the next one's. A scene
-is the same in two dimensions. Training examples are made of training garments, test examples of test garments; the
-mask says the kind of garment, and later ones hide earlier ones.
+A volume holds one to four solids in textured noise: a garment's image, scaled, is the middle slice of a solid that
+thins out towards its ends, as its pixels' brightness allows. Each kind has a brightness of its own, as tissues have in
+a CT, times a contrast of the volume's. Contrast, number, place and size differ from volume to volume, and so do the
+channel statistics. A scene is the same in two dimensions. Training examples are made of training garments, test
+examples of test garments; none hides another, and the mask says their kind.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
-from anybatch.lab.data import Dataset, load
-from anybatch.lab.segmentation.examples import Example, Examples, example
+from anybatch.lab.data import load
+from anybatch.lab.segmentation.examples import Example, Examples, Intensity, example, pooled
 
-__all__ = ["GENERATED", "Recipe", "compose", "generated"]
+__all__ = ["GENERATED", "KINDS", "Recipe", "compose", "generated"]
 
-KINDS = ("T-shirt", "trouser", "bag", "ankle boot")
+KINDS = ("trouser", "bag", "ankle boot")
 EDGE = 0.15  # of full brightness: what is above belongs to the garment
 THINNING = 0.45  # by how much more, at either end of a solid
 
-Pixels = npt.NDArray[np.float32]
+LEVELS = (0.8, 1.4, 2.0)  # brightness of each kind above the noise, as tissues have theirs
+SHADING = 0.5  # how far a garment's own pixels shade that
+TRIES = 20  # places tried for a garment before the example goes without it
+
+Pixels = npt.NDArray[np.floating[Any]]
+Mask = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Recipe:
     Attributes:
         shape: of an example.
         train: how many there are to train on; likewise `test`.
-        most: garments in one; the fewest is 1.
+        garments: fewest and most in one.
         sides: smallest and largest side of a garment's image, in pixels.
         depths: thinnest and thickest solid, in slices.
         contrast: least and most, of garments against the noise.
@@ -46,44 +54,42 @@ class Recipe:
     shape: tuple[int, ...]
     train: int
     test: int
-    most: int = 5
+    garments: tuple[int, int] = (1, 4)
     sides: tuple[int, int] = (12, 22)
     depths: tuple[int, int] = (8, 14)
-    contrast: tuple[float, float] = (0.5, 1.5)
+    contrast: tuple[float, float] = (0.7, 1.3)
     noise: tuple[float, float] = (0.25, 0.15)
 
 
 GENERATED = {
-    "volumes": Recipe((32, 32, 32), 160, 48),
+    "volumes": Recipe((24, 24, 24), 256, 64, sides=(9, 17), depths=(6, 12)),
     "scenes": Recipe((64, 64), 320, 96, sides=(18, 32)),
 }
 
 
 @cache
-def generated(name: str) -> Examples:
-    """The examples of that name in `GENERATED`."""
+def generated(name: str, intensity: Intensity = "data") -> Examples:
+    """The examples of that name in `GENERATED`, normalised by the moments of all of them or by their own."""
     recipe, garments = GENERATED[name], load("embedded")
-    splits = []
-    for split, count in enumerate((recipe.train, recipe.test)):
-        pictures = _pictures(garments, train=split == 0)
-        # A generator of its own for each: whatever the count, example n is the same.
-        splits.append([compose(recipe, pictures, np.random.default_rng([split, number])) for number in range(count)])
-    digest = hashlib.sha256()
-    for each in (*splits[0], *splits[1]):
-        digest.update(each.image.numpy().tobytes() + each.mask.numpy().tobytes())
-    classes = ("background", *KINDS)
-    return Examples(name, classes, *splits, max(recipe.shape), digest.hexdigest()[:12])
-
-
-def _pictures(garments: Dataset, train: bool) -> list[Pixels]:
-    images, labels = (
-        (garments.train_images, garments.train_labels) if train else (garments.test_images, garments.test_labels)
-    )
     wanted = [garments.classes.index(kind) for kind in KINDS]
-    return [images[labels == label, 0].numpy().astype(np.float32) / 255 for label in wanted]
+
+    def split(place: int, count: int, images: Tensor, labels: Tensor) -> list[Example]:
+        pictures = [images[labels == label, 0].numpy().astype(np.float32) / 255 for label in wanted]
+        # A generator of its own for each: whatever the count, example n is the same.
+        return [compose(recipe, pictures, np.random.default_rng([place, number])) for number in range(count)]
+
+    train = split(0, recipe.train, garments.train_images, garments.train_labels)
+    test = split(1, recipe.test, garments.test_images, garments.test_labels)
+    digest = hashlib.sha256(intensity.encode())
+    for each in (*train, *test):
+        digest.update(each.image.numpy().tobytes() + each.mask.numpy().tobytes())
+    if intensity == "data":
+        moments = pooled([each.moments for each in train])
+        train, test = ([each._replace(moments=moments) for each in part] for part in (train, test))
+    return Examples(name, ("background", *KINDS), train, test, max(recipe.shape), digest.hexdigest()[:12])
 
 
-def compose(recipe: Recipe, pictures: list[Pixels], rng: np.random.Generator) -> Example:
+def compose(recipe: Recipe, pictures: Sequence[Pixels], rng: np.random.Generator) -> Example:
     """One example.
 
     Args:
@@ -93,22 +99,30 @@ def compose(recipe: Recipe, pictures: list[Pixels], rng: np.random.Generator) ->
     """
     image, mask = _texture(recipe, rng), np.zeros(recipe.shape, dtype=np.uint8)
     contrast = rng.uniform(*recipe.contrast)
-    for _ in range(rng.integers(1, recipe.most, endpoint=True)):
+    for _ in range(rng.integers(*recipe.garments, endpoint=True)):
         kind = int(rng.integers(len(pictures)))
         picture = _resized(pictures[kind][rng.integers(len(pictures[kind]))], int(rng.integers(*recipe.sides)))
+        edge: float | Pixels = EDGE
         if len(recipe.shape) == 3:
-            ends = np.linspace(-1, 1, int(rng.integers(*recipe.depths)), dtype=np.float32)
             picture = np.rot90(picture, -1)[..., None]  # along the axes right, anterior, superior
-            inside = picture > EDGE + THINNING * ends**2
-        else:
-            inside = picture > EDGE
-        corner = [
-            int(rng.integers(whole - size, endpoint=True)) for whole, size in zip(mask.shape, inside.shape, strict=True)
-        ]
-        window = tuple(slice(start, start + size) for start, size in zip(corner, inside.shape, strict=True))
-        image[window] += np.where(inside, contrast * (0.5 + picture) - image[window] / 2, 0)
-        mask[window] = np.where(inside, kind + 1, mask[window])
+            edge = EDGE + THINNING * np.linspace(-1, 1, int(rng.integers(*recipe.depths)), dtype=np.float32) ** 2
+        inside = picture > edge
+        if window := _free(mask, inside, rng):
+            image[window] += inside * contrast * (LEVELS[kind] + SHADING * (picture - 0.5))
+            mask[window][inside] = kind + 1
     return example(torch.from_numpy(image).unsqueeze(0), torch.from_numpy(mask))
+
+
+def _free(mask: Mask, inside: Mask, rng: np.random.Generator) -> tuple[slice, ...] | None:
+    """A place where the garment hides no other; None if none was found."""
+    for _ in range(TRIES):
+        corner = [
+            rng.integers(whole - size, endpoint=True) for whole, size in zip(mask.shape, inside.shape, strict=True)
+        ]
+        window = tuple(slice(int(start), int(start) + size) for start, size in zip(corner, inside.shape, strict=True))
+        if not mask[window][inside].any():
+            return window
+    return None
 
 
 def _texture(recipe: Recipe, rng: np.random.Generator) -> Pixels:

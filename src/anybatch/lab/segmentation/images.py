@@ -1,5 +1,6 @@
 """Folders of images and masks: images/NAME.* and masks/NAME.*, the same names in both."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,8 @@ import torch
 from PIL import Image
 
 from anybatch.errors import AnybatchError
-from anybatch.lab.images import SUFFIXES
-from anybatch.lab.segmentation.examples import Example, Examples, Files, example
+from anybatch.lab.images import SUFFIXES, UNREADABLE
+from anybatch.lab.segmentation.examples import Example, Examples, Files, Intensity, example
 from anybatch.lab.segmentation.masks import as_mask
 from anybatch.lab.segmentation.splits import entries, ordered, split
 from anybatch.lab.segmentation.survey import surveyed
@@ -22,7 +23,7 @@ GREY = {"1", "L", "I", "F", "I;16", "I;16B", "I;16L"}  # Pillow's modes of one c
 LOSSY = {".jpg", ".jpeg", ".webp"}
 
 
-def load_images(root: Path, image_size: int | None = None) -> Examples:
+def load_images(root: Path, image_size: int | None = None, intensity: Intensity | None = None) -> Examples:
     """The examples of a folder.
 
     With train/ and test/ (or val/) folders, each of them has images/ and masks/; without them a fifth of the examples
@@ -32,6 +33,7 @@ def load_images(root: Path, image_size: int | None = None) -> Examples:
     Args:
         root: the folder.
         image_size: pixels a side that images and masks are resized to, masks to the nearest pixel.
+        intensity: whose moments an image is normalised by; None is "data", those of all training images.
 
     Raises:
         AnybatchError: the folder, or a file in it, does not serve.
@@ -41,7 +43,8 @@ def load_images(root: Path, image_size: int | None = None) -> Examples:
         train, test = ordered(_cases(root / "train")), ordered(_cases(root / test_name))
     else:
         train, test = split(_cases(root), root)
-    return surveyed(str(root), train, test, lambda files: _read(files, image_size), _names(root), PATCH)
+    read = partial(_read, size=image_size)
+    return surveyed(str(root), train, test, read, _names(root), intensity or "data", PATCH)
 
 
 def _cases(root: Path) -> dict[str, Files]:
@@ -114,5 +117,5 @@ def _open(path: Path) -> Image.Image:
         with Image.open(path) as opened:
             opened.load()
             return opened
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise AnybatchError(f"{path} cannot be read ({error}): mend or remove it") from error

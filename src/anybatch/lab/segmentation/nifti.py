@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from anybatch.errors import AnybatchError
 from anybatch.integrations._hosts import require
-from anybatch.lab.segmentation.examples import Example, Examples, Files, example
+from anybatch.lab.segmentation.examples import Example, Examples, Files, Intensity, example
 from anybatch.lab.segmentation.masks import as_mask
 from anybatch.lab.segmentation.splits import entries, ordered, split
 from anybatch.lab.segmentation.survey import surveyed
@@ -30,29 +31,33 @@ def is_layout(root: Path) -> bool:
     return (root / IMAGES).is_dir() or (root / LABELS).is_dir()
 
 
-def load_volumes(root: Path, spacing: float | None = None) -> Examples:
+def load_volumes(root: Path, spacing: float | None = None, intensity: Intensity | None = None) -> Examples:
     """The examples of a folder.
 
     A volume of several channels is one file a channel (NAME_0000.nii.gz, NAME_0001.nii.gz, ...) or, if dataset.json
     names as many modalities, one file of four dimensions. labelsTs/, where it is there, makes imagesTs/ the test
-    examples; otherwise a fifth is, by their names. Class names are dataset.json's, if it is there. Volumes are turned to
-    the axes right, anterior, superior.
+    examples; otherwise a fifth is, by their names. Class names are dataset.json's, if it is there. Volumes are turned
+    to the axes right, anterior, superior.
 
     Args:
         root: the folder.
         spacing: millimetres between voxels to resample to, linearly, masks to the nearest voxel; None leaves the voxels
             as they are, whatever their spacing.
+        intensity: whose moments a volume is normalised by; None is "data", those of all training volumes, where
+            dataset.json says CT, whose numbers mean the same in all of them, and otherwise "example", its own.
 
     Raises:
         AnybatchError: the folder, or a file in it, does not serve.
     """
-    names, channels = _facts(root / FACTS)
+    names, modalities = _facts(root / FACTS)
     cases = _cases(root / IMAGES, root / LABELS)
     if (root / TEST_LABELS).is_dir():
         train, test = ordered(cases), ordered(_cases(root / TEST_IMAGES, root / TEST_LABELS))
     else:
         train, test = split(cases, root)
-    return surveyed(str(root), train, test, lambda files: _read(files, channels, spacing), names, PATCH)
+    read = partial(_read, channels=len(modalities), spacing=spacing)
+    by = intensity or ("data" if modalities[0].upper() == "CT" else "example")
+    return surveyed(str(root), train, test, read, names, by, PATCH)
 
 
 def _cases(images: Path, labels: Path) -> dict[str, Files]:
@@ -80,23 +85,25 @@ def _stem(path: Path) -> str:
     return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
 
 
-def _facts(path: Path) -> tuple[tuple[str, ...] | None, int]:
-    """Class names and the number of channels that dataset.json has; None and 1 without it."""
+def _facts(path: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """The names of classes and channels in dataset.json; without it None, and one channel without a name."""
     if not path.exists():
-        return None, 1
+        return None, ("",)
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        labels, channels = facts["labels"], len(facts.get("modality") or facts.get("channel_names") or [0])
+        labels, named = facts["labels"], facts.get("modality") or facts.get("channel_names") or {"0": ""}
+        modalities = tuple(str(named[key]) for key in sorted(named, key=int))
         # The Decathlon has {"1": "liver"}, nnU-Net {"liver": 1}.
-        named = {int(k): str(v) for k, v in labels.items()} if "0" in labels else {int(v): k for k, v in labels.items()}
+        pairs = labels.items() if "0" in labels else ((value, name) for name, value in labels.items())
+        classes = {int(value): str(name) for value, name in pairs}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AnybatchError(
             f'{path} cannot be read ({type(error).__name__}: {error}): it has "labels", whole numbers by their names '
             f"(regions of several numbers are not supported)"
         ) from error
-    if len(named) < 2 or set(named) != set(range(len(named))):
-        raise AnybatchError(f"{path} has the labels {sorted(named)}: give 0 (background), 1, 2, ..., at least two")
-    return tuple(named[value] for value in range(len(named))), channels
+    if len(classes) < 2 or set(classes) != set(range(len(classes))):
+        raise AnybatchError(f"{path} has the labels {sorted(classes)}: give 0 (background), 1, 2, ..., at least two")
+    return tuple(classes[value] for value in range(len(classes))), modalities
 
 
 def _read(files: Files, channels: int, spacing: float | None) -> Example:
@@ -126,11 +133,11 @@ def _read(files: Files, channels: int, spacing: float | None) -> Example:
             )
         if not np.isfinite(parts[-1]).all():
             raise AnybatchError(f"image {path} holds nan or infinity: mend or remove it")
-    image, labels = torch.from_numpy(np.stack(parts)), as_mask(mask, files.mask)
+    volume, labels = torch.from_numpy(np.stack(parts)), as_mask(mask, files.mask)
     if spacing is not None:
-        image = _resampled(image, affine, spacing, "bilinear")
+        volume = _resampled(volume, affine, spacing, "bilinear")
         labels = _resampled(labels.unsqueeze(0).float(), affine, spacing, "nearest")[0].to(torch.uint8)
-    return example(image, labels)
+    return example(volume, labels)
 
 
 def _size(volume: np.ndarray[Any, Any]) -> str:

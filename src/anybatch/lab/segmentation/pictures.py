@@ -77,4 +77,5 @@ def _planes(each: Example, painted: Tensor | None) -> list[Pixels]:
 def _grey(plane: Pixels) -> Pixels:
     """0 to 1 between the first and the last percent of the values."""
     low, high = np.percentile(plane, (1, 99))
-    return np.clip((plane - low) / max(high - low, 1e-6), 0, 1)
+    shades: Pixels = np.clip((plane - low) / max(high - low, 1e-6), 0, 1)
+    return shades

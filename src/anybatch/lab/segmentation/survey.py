@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from anybatch.errors import AnybatchError
-from anybatch.lab.segmentation.examples import IGNORE, Example, Examples, Files, Stored
+from anybatch.lab.segmentation.examples import IGNORE, Example, Examples, Files, Intensity, Moments, Stored, pooled
 
 __all__ = ["surveyed"]
 
@@ -20,6 +20,7 @@ def surveyed(
     test: Sequence[Files],
     read: Callable[[Files], Example],
     names: tuple[str, ...] | None,
+    intensity: Intensity,
     patch: int,
 ) -> Examples:
     """The data set of these files.
@@ -28,9 +29,11 @@ def surveyed(
 
     Args:
         name: what the user asked for.
-        train: files to train on; likewise `test`.
+        train: files to train on.
+        test: files to measure on.
         read: an example of its files; the mask holds the file's values.
         names: of the classes, the background's first; None: found in the masks.
+        intensity: whose moments each is normalised by.
         patch: the data's own.
 
     Raises:
@@ -38,38 +41,43 @@ def surveyed(
     """
     digest = hashlib.sha256()
     values: Values = {}
+    moments: list[list[Moments]] = [[], []]
     splits = [Stored(files, read) for files in (train, test)]
-    first: tuple[Path, torch.Size] | None = None
-    for files, stored in zip((train, test), splits, strict=True):
-        for place, each in enumerate(files):
-            example = stored[place]
-            shape = example.image.shape
-            first = first or (each.images[0], shape)
-            if shape[0] != first[1][0]:
+    channels: tuple[Path, int] | None = None
+    for part, files, stored in zip(moments, (train, test), splits, strict=True):
+        for each, example in zip(files, stored, strict=True):
+            own = each.images[0], example.image.shape[0]
+            channels = channels or own
+            if own[1] != channels[1]:
                 raise AnybatchError(
-                    f"{each.images[0]} has {_channels(shape[0])}, {first[0]} has {first[1][0]}: give all images the "
-                    f"same channels"
+                    f"{own[0]} has {_channels(own[1])}, {channels[0]} has {channels[1]}: give all images the same"
                 )
             for tensor in (example.image, example.mask):
                 digest.update(repr(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes())
-            values[each.mask] = set(example.mask.unique().tolist())
+            present = torch.bincount(example.mask.flatten(), minlength=256).nonzero()
+            values[each.mask] = set(present.flatten().tolist())
+            part.append(example.moments)
     seen = set[int]().union(*values.values())
-    if seen <= {0, IGNORE} and IGNORE in seen:
-        splits = [Stored(files, lambda each: _black_and_white(read(each))) for files in (train, test)]
+    black_and_white = seen <= {0, IGNORE} and IGNORE in seen
+    if black_and_white:
         values = {path: {min(value, 1) for value in found} for path, found in values.items()}
         names = names or ("background", "foreground")
     classes = names or _found(values, [files.mask for files in train])
     _check(values, classes, [files.mask for files in train], [files.mask for files in test])
-    digest.update(repr(classes).encode())
+    shared = pooled(moments[0]) if intensity == "data" else None
+
+    def change(example: Example) -> Example:
+        mask = example.mask.clamp(max=1) if black_and_white else example.mask
+        return Example(example.image, mask, shared or example.moments)
+
+    for stored in splits:
+        stored.change = change
+    digest.update(repr((classes, shared)).encode())
     return Examples(name, classes, splits[0], splits[1], patch, digest.hexdigest()[:12])
 
 
 def _channels(count: int) -> str:
     return f"{count} channel{'s' * (count != 1)}"
-
-
-def _black_and_white(example: Example) -> Example:
-    return example._replace(mask=example.mask.clamp(max=1))
 
 
 def _found(values: Values, train: Sequence[Path]) -> tuple[str, ...]:
@@ -80,8 +88,8 @@ def _found(values: Values, train: Sequence[Path]) -> tuple[str, ...]:
             beyond = next(path for path in train if any(value < v < IGNORE for v in values[path]))
             other = min(v for v in values[beyond] if v > value)
             raise AnybatchError(
-                f"mask {beyond} has the value {other}, no training mask has {value}: masks hold classes 0 (background), "
-                f"1, 2, ...; where one of them does not occur, name all of them in classes.txt or dataset.json"
+                f"mask {beyond} has the value {other}, no training mask has {value}: masks hold classes 0, 1, 2, ... "
+                f"(0 is the background); where one of them does not occur, name all in classes.txt or dataset.json"
             )
     return ("background", *(f"class {value}" for value in range(1, max(seen, default=1) + 1)))
 

@@ -13,7 +13,7 @@ from anybatch.integrations._hosts import require
 from anybatch.lab.segmentation import scores
 from anybatch.lab.segmentation.config import SegmentConfig
 from anybatch.lab.segmentation.data import load
-from anybatch.lab.segmentation.examples import Example, Examples
+from anybatch.lab.segmentation.examples import Example, Examples, Intensity
 from anybatch.lab.segmentation.losses import dice_ce
 from anybatch.lab.segmentation.networks import NETWORKS
 from anybatch.lab.segmentation.patches import cut, generator_for
@@ -121,6 +121,10 @@ class Segment(Task[SegmentConfig]):
         images = torch.randn(count, data.channels, *sides, device=device)
         return images, torch.randint(len(data.classes), (count, *sides), device=device)
 
+    def example(self) -> Tensor:
+        """A window of the first test example, as evaluation gives it to the model. Shape: (1, C, side, ...)."""
+        return cut(self.examples.test[0], self.patch, generator_for(0))[0].unsqueeze(0)
+
     def show(self, model: nn.Module, folder: Path) -> dict[str, str]:
         """Test examples, their masks, and what the model makes of them."""
         from anybatch.lab.segmentation.pictures import draw
@@ -140,10 +144,10 @@ def open_segment(config: SegmentConfig) -> Segment:
     Raises:
         AnybatchError: there is no such data, or something of it is unusable.
     """
-    examples = _load(config.data, config.image_size, config.spacing)
+    examples = _load(config.data, config.image_size, config.spacing, config.intensity)
     return Segment(config, examples.first(config.train_examples, config.test_examples))
 
 
 @lru_cache(maxsize=1)  # for the next run of a worker
-def _load(data: str, image_size: int | None, spacing: float | None) -> Examples:
-    return load(data, image_size, spacing)
+def _load(data: str, image_size: int | None, spacing: float | None, intensity: Intensity | None) -> Examples:
+    return load(data, image_size, spacing, intensity)
