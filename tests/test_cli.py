@@ -26,6 +26,29 @@ BENCH = [
     *["--method", "--what", "--network", "--channels", "--image-size", "--batch", "--sweep", "--rounds", "--threads"],
     *["--device", "--dtype", "--format", "--compile", "--cuda-graphs", "--out", "--quick"],
 ]
+RUNS = [
+    *["--epochs", "--lr", "--weight-decay", "--gradient-batch", "--mode", "--device", "--resume", "--save-every"],
+    *["--recipe", "--dry-run", "--jobs"],
+]
+DETECT = [
+    *["--out", "--method", "--batch", "--compare", "--seed", "--seeds", "--data", "--scenes", "--detector"],
+    *["--network", "--weights", "--backbone", "--neck", "--heads", "--image-size", "--drop-invalid", "--flip", *RUNS],
+]
+SEGMENT = [
+    *[
+        "--out",
+        "--method",
+        "--batch",
+        "--compare",
+        "--seed",
+        "--seeds",
+        "--data",
+        "--train-examples",
+        "--test-examples",
+    ],
+    *["--network", "--width", "--patch", "--image-size", "--spacing", "--intensity", *RUNS],
+]
+EXPORT = ["checkpoint", "--format", "--out", "--opset", "--fixed-batch", "--part"]
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -35,7 +58,10 @@ def run(*arguments: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize(
     ("command", "options"),
-    [("compare", COMPARE), ("train", TRAIN), ("bench", BENCH), ("weigh", ["checkpoint"]), ("methods", [])],
+    [
+        *[("compare", COMPARE), ("train", TRAIN), ("detect", DETECT), ("segment", SEGMENT), ("export", EXPORT)],
+        *[("bench", BENCH), ("weigh", ["checkpoint"]), ("methods", [])],
+    ],
 )
 def test_options_are_frozen(command: str, options: list[str]) -> None:
     """A new option is a promise: it is added here on purpose."""

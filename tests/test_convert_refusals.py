@@ -25,6 +25,28 @@ class FailingConfig(CBN):
         return super().build(bn)
 
 
+class FrozenNorm2d(nn.Module):
+    pass
+
+
+class GroupNormAct(nn.GroupNorm):
+    def __init__(self) -> None:
+        super().__init__(1, 3)
+        self.drop, self.act = nn.Identity(), nn.ReLU()
+
+
+class NormFreeBlock(nn.Sequential):
+    pass
+
+
+def test_a_model_without_batchnorm_is_told_what_norms_it_has() -> None:
+    model = nn.Sequential(NormFreeBlock(nn.Conv2d(3, 3, 1)), FrozenNorm2d(), GroupNormAct(), FrozenNorm2d())
+    with pytest.raises(AnybatchError, match=r"has no BatchNorm; it has 2 FrozenNorm2d, 1 GroupNormAct$"):
+        convert_(model, CBN(), torch.randn(X))
+    with pytest.raises(AnybatchError, match=r"has no BatchNorm; it has no norm of any kind$"):
+        convert_(model[0], CBN(), torch.randn(X))
+
+
 def test_a_conversion_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = ResNet(), torch.randn(X)
     modules, before = list(model.modules()), tensors(model)

@@ -100,10 +100,10 @@ def test_the_next_step_is_announced() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"milestones": (3, 2)}, r"milestones are \(3, 2\): give epochs in ascending order, from 1 to 4"),
+        ({"milestones": (3, 2)}, r"milestones are \(3, 2\) in a run of 5 epochs: give them in ascending order"),
         ({"milestones": (2, 2)}, "in ascending order"),
-        ({"milestones": (0,)}, "from 1 to 4"),
-        ({"milestones": (5,)}, "from 1 to 4"),
+        ({"milestones": (0,)}, "each within the run, or train for more epochs"),
+        ({"milestones": (5,)}, "each within the run"),
         ({"warmup_steps": -1}, "warmup_steps is -1: give at least 0"),
         ({"warmup_start": 0}, "warmup_start is 0: give a share of the rate, above 0 and at most 1"),
         ({"warmup_start": 1.5}, "warmup_start is 1.5"),

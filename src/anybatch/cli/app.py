@@ -12,8 +12,14 @@ from anybatch.errors import AnybatchError
 __all__ = ["app"]
 
 
+ORDER = ("compare", "train", "detect", "segment", "weigh", "export", "bench", "diagnose", "advise", "methods")
+
+
 class _Commands(TyperGroup):
     """Turns what a user can mend into one line and exit code 2, and Ctrl-C into 130."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=ORDER.index)
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -1,6 +1,7 @@
 """Which norms of a model can be replaced, and why the others are left alone."""
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -74,7 +75,7 @@ def select(call: str, model: nn.Module, where: Where) -> dict[str, str]:
             "in nn.Sequential, or build the layer with config.build(norm)"
         )
     if not norms:
-        others = Counter(type(m).__name__ for m in model.modules() if "norm" in type(m).__name__.lower())
+        others = Counter(type(m).__name__ for m in model.modules() if _is_some_norm(m))
         seen = ", ".join(f"{count} {name}" for name, count in others.items()) or "no norm of any kind"
         raise AnybatchError(f"{call}: the model has no BatchNorm; it has {seen}")
     names: dict[nn.Module, list[str]] = {}
@@ -93,6 +94,13 @@ def select(call: str, model: nn.Module, where: Where) -> dict[str, str]:
         said = "; ".join(f"'{n}': {reasons[n]}" for n in [n for n in norms if n in chosen][:5])
         raise AnybatchError(f"{call}: none of the norms can be replaced: {said}")
     return reasons
+
+
+def _is_some_norm(module: nn.Module) -> bool:
+    """Whether a module is named a norm, not only a block that has norms, or does without."""
+    has_parts = next(module.children(), None) is not None
+    name = r"norm(act)?(\dd)?$" if has_parts else "norm"
+    return re.search(name, type(module).__name__, re.IGNORECASE) is not None
 
 
 def matches(where: Where, name: str, norm: nn.Module) -> bool:

@@ -69,7 +69,8 @@ class TrainConfig:
         ends = (0, *self.milestones, self.epochs)
         if self.milestones and any(after <= before for before, after in pairwise(ends)):
             raise AnybatchError(
-                f"milestones are {self.milestones}: give epochs in ascending order, from 1 to {self.epochs - 1}"
+                f"milestones are {self.milestones} in a run of {self.epochs} epochs: give them in ascending order, each "
+                f"within the run, or train for more epochs"
             )
         if self.warmup_steps < 0:
             raise AnybatchError(f"warmup_steps is {self.warmup_steps}: give at least 0")

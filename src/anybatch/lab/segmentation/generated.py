@@ -29,7 +29,7 @@ KINDS = ("trouser", "bag", "ankle boot")
 EDGE = 0.15  # of full brightness: what is above belongs to the garment
 THINNING = 0.45  # by how much more, at either end of a solid
 
-LEVELS = (0.8, 1.4, 2.0)  # brightness of each kind above the noise, as tissues have theirs
+LEVELS = (1.0, 2.0, 3.0)  # brightness of each kind above the noise, as tissues have theirs
 SHADING = 0.5  # how far a garment's own pixels shade that
 TRIES = 20  # places tried for a garment before the example goes without it
 
@@ -57,7 +57,7 @@ class Recipe:
     garments: tuple[int, int] = (1, 4)
     sides: tuple[int, int] = (12, 22)
     depths: tuple[int, int] = (8, 14)
-    contrast: tuple[float, float] = (0.7, 1.3)
+    contrast: tuple[float, float] = (0.8, 1.2)
     noise: tuple[float, float] = (0.25, 0.15)
 
 
