@@ -14,6 +14,7 @@ import importlib
 import json
 import time
 import warnings
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -38,7 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
     done = {result.key: result for result in read(raw)} if raw.exists() else {}
     asked = [*(options.only or ()), *(SAMPLE if options.sample else ())]
     if unknown := [key for key in asked if key not in known]:
-        parser.error(f"no row is called {', '.join(unknown)}; there are {', '.join(known)}")
+        close = ", ".join(get_close_matches(unknown[0], known, n=5, cutoff=0.3)) or next(iter(known))
+        parser.error(f"no row is called {unknown[0]!r}; there are {len(known)}, such as {close}")
     todo = asked or [key for key in known if key not in done]
     for library in {known[key].library for key in todo}:
         importlib.import_module(library)  # one that is not there is no result of its rows

@@ -57,7 +57,7 @@ def test_runs_are_kept_and_never_done_again(
 
     planned: list[ClassifyConfig] = []
 
-    def none_run(todo: list[ClassifyConfig], jobs: int) -> Iterator[Event]:
+    def none_run(todo: list[ClassifyConfig], jobs: int, pictures: Path) -> Iterator[Event]:
         planned.extend(todo)
         yield from ()
 

@@ -208,3 +208,21 @@ def test_keys_of_earlier_runs_still_name_them() -> None:
         # CBN's default is no ring any more; the form as released still is.
         same = not run["norm"].startswith("CBN(") or "gradient='current'" in run["norm"]
         assert (run_key(Classify(ClassifyConfig(**run["config"]), dataset)) == run["key"]) is same
+
+
+def test_clipped_gradients_have_the_norm_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure: None = None) -> None:
+            gradients = [p.grad for group in self.param_groups for p in group["params"]]
+            seen.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
+            super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "SGD", Watched)
+    free = train_run(Classify(replace(CONFIG, epochs=1), DATA))
+    most = max(seen)
+    seen.clear()
+    clipped = train_run(Classify(replace(CONFIG, epochs=1, clip=most / 4), DATA))
+    assert max(seen) == pytest.approx(most / 4, rel=1e-4)
+    assert clipped.loss != free.loss

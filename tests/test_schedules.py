@@ -105,6 +105,7 @@ def test_the_next_step_is_announced() -> None:
         ({"milestones": (0,)}, "each within the run, or train for more epochs"),
         ({"milestones": (5,)}, "each within the run"),
         ({"warmup_steps": -1}, "warmup_steps is -1: give at least 0"),
+        ({"clip": 0.0}, "clip is 0.0: give a number above 0"),
         ({"warmup_start": 0}, "warmup_start is 0: give a share of the rate, above 0 and at most 1"),
         ({"warmup_start": 1.5}, "warmup_start is 1.5"),
     ],
@@ -116,16 +117,17 @@ def test_schedules_that_are_none(change: dict[str, object], message: str) -> Non
 
 def test_schedules_count_in_the_key_where_they_are_used() -> None:
     plain = replace(STEPS, milestones=(), warmup_steps=0)
-    assert not {"milestones", "warmup_steps", "warmup_start"} & set(plain.facts())
+    assert not {"milestones", "warmup_steps", "warmup_start", "clip"} & set(plain.facts())
     data = lab_fakes.dataset()
     changed = [
         {"milestones": (2,)},
         {"milestones": (3,)},
         {"warmup_steps": 5},
+        {"clip": 3.0},
         {"warmup_steps": 5, "warmup_start": 0.5},
     ]
     keys = {run_key(Classify(replace(plain, **change), data)) for change in changed}
-    assert len(keys | {run_key(Classify(plain, data))}) == 5
+    assert len(keys | {run_key(Classify(plain, data))}) == 6
     assert run_key(Classify(plain, data)) == run_key(Classify(replace(plain, warmup_start=0.5), data))
 
 

@@ -111,12 +111,25 @@ def test_what_does_not_fit_into_memory_is_read_again(tmp_path: Path, monkeypatch
     monkeypatch.setattr(storing, "MEMORY", 3 * 19 * 23 * 4)
     part = load(folder)
     assert part.fingerprint == everything.fingerprint
-    assert len(part.train._kept) == 3
+    assert len(part.train._kept.examples) == 3
     assert all(torch.equal(a.mask, b.mask) for a, b in zip(part.train, everything.train, strict=True))
     assert len(part.first(2, 1).train) == 2
     assert part.first(2, 1).fingerprint != part.fingerprint
     with pytest.raises(AnybatchError, match=r"9 train examples are asked for, .* has 8: give fewer"):
         part.first(9, None)
+
+
+def test_grey_images_of_sixteen_bits_are_resized(tmp_path: Path) -> None:
+    image_folder(tmp_path, 5, colours=1)
+    for place in range(5):
+        image, mask = pair(place, (19, 23))
+        save_image(tmp_path / "images" / f"case{place}.png", (60000 * image).astype(np.uint16))
+        save_image(tmp_path / "masks" / f"case{place}.png", mask.astype(np.uint16))
+    data = load(str(tmp_path), image_size=32)
+    assert data.train[0].image.dtype == torch.float32
+    assert data.train[0].image.shape == (1, 32, 32)
+    assert 20000 < float(data.train[0].image.max()) <= 60000
+    assert set(data.train[0].mask.unique().tolist()) <= {0, 1, 2}
 
 
 def edit(path: str, values: np.ndarray, mode: str | None = None) -> Callable[[Path], None]:
@@ -285,6 +298,10 @@ VOLUME_FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (write("dataset.json", b"{"), r"dataset.json cannot be read \(JSONDecodeError"),
     (write("dataset.json", b'{"labels": {"background": 0, "whole": [1, 2]}}'), r"regions of several numbers are not"),
     (write("dataset.json", b'{"labels": {"0": "background", "2": "liver"}}'), r"has the labels \[0, 2\]: give 0"),
+    (
+        write("dataset.json", b'{"labels": {"background": 0, "liver": 1, "ignore": 2}}'),
+        r"has the label 'ignore': store",
+    ),
     (write("dataset.json", b'{"labels": {"0": "background", "1": "liver"}}'), r"has the value 2, the 2 classes are"),
 ]
 

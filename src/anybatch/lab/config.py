@@ -26,6 +26,7 @@ class TrainConfig:
         gradient_batch: examples per update in mode "accumulate".
         norm_weight_decay: of gamma towards 1 and beta towards 0; None decays them towards 0 as every parameter.
         milestones: epochs after which the learning rate is divided by 10, and constant otherwise.
+        clip: the largest norm of all gradients together that a step takes; None takes any.
         warmup_steps: of the optimizer, over which the rate rises along a line, from `warmup_start` of itself.
     """
 
@@ -49,6 +50,7 @@ class TrainConfig:
     milestones: tuple[int, ...] = ()
     warmup_steps: int = 0
     warmup_start: float = 0.001
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))  # JSON and TOML have lists
@@ -69,9 +71,11 @@ class TrainConfig:
         ends = (0, *self.milestones, self.epochs)
         if self.milestones and any(after <= before for before, after in pairwise(ends)):
             raise AnybatchError(
-                f"milestones are {self.milestones} in a run of {self.epochs} epochs: give them in ascending order, each "
-                f"within the run, or train for more epochs"
+                f"milestones are {self.milestones} in a run of {self.epochs} epochs: give them in ascending order, "
+                f"each within the run, or train for more epochs"
             )
+        if self.clip is not None and not self.clip > 0:
+            raise AnybatchError(f"clip is {self.clip}: give a number above 0")
         if self.warmup_steps < 0:
             raise AnybatchError(f"warmup_steps is {self.warmup_steps}: give at least 0")
         if not 0 < self.warmup_start <= 1:
@@ -88,6 +92,7 @@ class TrainConfig:
             "task": "classify",
             "milestones": (),
             "warmup_steps": 0,
+            "clip": None,
             "warmup_start": self.warmup_start if self.warmup_steps == 0 else None,
         }
         return {name: value for name, value in self.record().items() if name not in later or value != later[name]}

@@ -240,7 +240,7 @@ def take_step(
     batches: list[Any],
     processes: Processes,
 ) -> list[Tensor]:
-    """One step of the optimizer; the losses of its micro-batches."""
+    """One step of the optimizer, its gradients clipped where that was asked for; the losses of its micro-batches."""
     optimizer.zero_grad()
     losses = []
     for place, batch in enumerate(batches, 1):
@@ -248,5 +248,7 @@ def take_step(
             loss = task.loss(model, batch)
             torch.autograd.backward(loss / len(batches))
         losses.append(loss.detach())
+    if task.config.clip is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), task.config.clip)
     optimizer.step()
     return losses

@@ -38,6 +38,7 @@ class SegmentConfig(TrainConfig):
 
     data: str = "volumes"
     epochs: int = 8
+    lr: float = 0.05
     gradient_batch: int = 8
     train_examples: int | None = None
     test_examples: int | None = None

@@ -70,6 +70,20 @@ class Files(NamedTuple):
     mask: Path
 
 
+class _Kept:
+    """Examples in memory, with room for so many bytes."""
+
+    def __init__(self, room: int) -> None:
+        self.examples: dict[Files, Example] = {}
+        self.room = room
+
+    def offer(self, files: Files, read: Example) -> None:
+        size = read.image.nbytes + read.mask.nbytes
+        if size <= self.room:
+            self.examples[files] = read
+            self.room -= size
+
+
 class Stored(Sequence[Example]):
     """Examples in files, kept in memory after the first reading as far as `MEMORY` goes.
 
@@ -86,8 +100,7 @@ class Stored(Sequence[Example]):
         change: Callable[[Example], Example] = lambda example: example,
     ) -> None:
         self._files, self._read, self.change = tuple(files), read, change
-        self._kept: dict[Files, Example] = {}
-        self._left = MEMORY
+        self._kept = _Kept(MEMORY)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -99,17 +112,14 @@ class Stored(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> "Example | Stored":
         if isinstance(index, slice):
             part = Stored(self._files[index], self._read, self.change)
-            part._kept, part._left = self._kept, self._left
+            part._kept = self._kept
             return part
         files = self._files[index]
-        if files not in self._kept:
-            read = self._read(files)
-            size = read.image.nbytes + read.mask.nbytes
-            if size > self._left:
-                return self.change(read)
-            self._kept[files] = read
-            self._left -= size
-        return self.change(self._kept[files])
+        if files in self._kept.examples:
+            return self.change(self._kept.examples[files])
+        read = self._read(files)
+        self._kept.offer(files, read)
+        return self.change(read)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Recipe:
 
 
 GENERATED = {
-    "volumes": Recipe((24, 24, 24), 256, 64, sides=(9, 17), depths=(6, 12)),
+    "volumes": Recipe((24, 24, 24), 384, 64, sides=(9, 17), depths=(6, 12)),
     "scenes": Recipe((64, 64), 320, 96, sides=(18, 32)),
 }
 

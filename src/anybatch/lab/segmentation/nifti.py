@@ -103,6 +103,8 @@ def _facts(path: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
         ) from error
     if len(classes) < 2 or set(classes) != set(range(len(classes))):
         raise AnybatchError(f"{path} has the labels {sorted(classes)}: give 0 (background), 1, 2, ..., at least two")
+    if "ignore" in classes.values():
+        raise AnybatchError(f"{path} has the label 'ignore': store what is to be ignored as 255, and drop the label")
     return tuple(classes[value] for value in range(len(classes))), modalities
 
 
