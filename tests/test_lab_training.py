@@ -13,6 +13,7 @@ from anybatch.lab import training
 from anybatch.lab.classify import Classify
 from anybatch.lab.config import ClassifyConfig
 from anybatch.lab.networks import NETWORKS, build, small_resnet
+from anybatch.lab.summary import label
 from anybatch.lab.training import run_key, train_run
 
 from . import lab_fakes
@@ -143,6 +144,13 @@ def test_burn_in_as_a_share_of_the_forwards() -> None:
     assert config.resolved_method(6000) == "cbn-paper(burn_in_steps=5984)"  # 3 * 187 * 32 / 3
     assert replace(config, batch=4).resolved_method(6000) == "cbn-paper(burn_in_steps=1496)"
     assert "burn_in_steps=5984" in repr(config.norm(6000))
+
+
+def test_the_forwards_of_a_step_by_name() -> None:
+    config = ClassifyConfig(method="cbn(average_reductions='step')", batch=2)
+    assert config.resolved_method(6000) == "cbn(average_reductions=16)"
+    assert replace(config, mode="step").resolved_method(6000) == "cbn(average_reductions=1)"
+    assert label(config.method) == "CBN (reductions over a step)"
 
 
 def test_key_names_configuration_method_and_data() -> None:

@@ -106,7 +106,7 @@ def detect(
     at 8. A method besides the table is 'frozen': no norm in neck and heads. On several devices: torchrun
     --nproc-per-node 2 -m anybatch detect ...
     """
-    from anybatch.lab.detection.config import DetectConfig
+    from anybatch.lab.detection.config import BEST_CBN, DetectConfig
 
     options = {
         "data": data,
@@ -128,4 +128,4 @@ def detect(
         "device": device,
     }
     asked = Asked(out, method, batch, compare, seed, seeds, resume, save_every, recipe, dry_run, jobs)
-    asked.run(DetectConfig, options, ("bn", "gn(groups=4)", "frozen", "cbn"))
+    asked.run(DetectConfig, options, ("bn", "gn(groups=4)", "frozen", BEST_CBN))

@@ -20,7 +20,8 @@ class TrainConfig:
 
     Attributes:
         method: as `anybatch.methods.parse_method` reads it; a quoted fraction such as '1/3' in it stands for that share
-            of the training forwards, of which each of several processes has its part.
+            of the training forwards, of which each of several processes has its part; a quoted 'step' for the forwards
+            of one step of the optimizer.
         batch: examples that a normalization layer sees at once; divides `gradient_batch`.
         lr: for a gradient batch of `lr_batch`; falls to 0 along a cosine over the run, unless there are `milestones`.
         gradient_batch: examples per update in mode "accumulate".
@@ -102,7 +103,7 @@ class TrainConfig:
         return examples // self.gradient_batch
 
     def resolved_method(self, examples: int) -> str:
-        """`method` with every quoted fraction replaced by that share of the training forwards over so many examples."""
+        """`method` with its quoted fractions in training forwards over so many examples, and 'step' in those of a step."""
         return self._resolved(self.method, examples)
 
     def all_methods(self) -> tuple[str, ...]:
@@ -122,7 +123,9 @@ class TrainConfig:
         return parse_method(self._resolved(method, examples))
 
     def _resolved(self, method: str, examples: int) -> str:
+        step = max(1, self.gradient_batch // (self.batch * started()))
         forwards = self.epochs * self.updates(examples) * self.gradient_batch // (self.batch * started())
+        method = re.sub(r"(['\"])step\1", str(step if self.mode == "accumulate" else 1), method)
         return re.sub(r"(['\"])(\d+)/(\d+)\1", lambda m: str(forwards * int(m[2]) // int(m[3])), method)
 
 

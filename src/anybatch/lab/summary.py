@@ -21,7 +21,8 @@ WIDE = 3.0  # points: an interval wider to each side says that seeds are too few
 def label(method: str) -> str:
     """The name of a method for people: "cbn-paper(burn_in_steps='1/3')" -> "CBN as released (burn-in 1/3)"."""
     name, _, options = method.partition("(")
-    pretty = re.sub(r"['\"]", "", options.rstrip(")")).replace("burn_in_steps", "burn-in").replace("_", " ")
+    pretty = re.sub(r"['\"]", "", options.rstrip(")")).replace("burn_in_steps", "burn-in")
+    pretty = pretty.replace("average_reductions=step", "reductions over a step").replace("_", " ")
     pretty = ", ".join(" ".join(part.split("=")).strip() for part in pretty.split(",") if part.strip())
     known = METHODS.get(name.strip())
     name = name.strip()

@@ -8,9 +8,10 @@ from anybatch.lab.detection.detectors import DETECTORS
 from anybatch.lab.detection.networks import NETWORKS
 from anybatch.methods import METHODS
 
-__all__ = ["FROZEN", "NONE", "DetectConfig"]
+__all__ = ["BEST_CBN", "FROZEN", "NONE", "DetectConfig"]
 
 FROZEN, NONE, METHOD = "frozen", "none", "method"
+BEST_CBN = "cbn(average_reductions='step')"  # measured: docs/results/detect.md
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ class DetectConfig(TrainConfig):
     measure = "AP50"
     lr_batch = 8
 
+    method: str = BEST_CBN
     data: str = "scenes"
-    lr: float = 0.02
+    lr: float = 0.04
     weight_decay: float = 1e-4
     gradient_batch: int = 8
-    epochs: int = 6
+    epochs: int = 8
+    warmup_steps: int = 50
     scenes: int = 600
     detector: str = "faster-rcnn"
     network: str = "small-resnet"
