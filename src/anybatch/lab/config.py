@@ -103,7 +103,7 @@ class TrainConfig:
         return examples // self.gradient_batch
 
     def resolved_method(self, examples: int) -> str:
-        """`method` with its quoted fractions in training forwards over so many examples, and 'step' in those of a step."""
+        """`method`, its quoted fractions and 'step' in training forwards of a run over so many examples."""
         return self._resolved(self.method, examples)
 
     def all_methods(self) -> tuple[str, ...]:
