@@ -157,8 +157,8 @@ def test_no_file_and_no_text(tmp_path: Path) -> None:
 
 
 def test_segmentations_without_their_library(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "faster_coco_eval.core", None)
-    with pytest.raises(AnybatchError, match=r"segmentations need faster-coco-eval .*pip install 'anybatch\[detect\]'"):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval.core.mask", None)
+    with pytest.raises(AnybatchError, match=r"faster_coco_eval.core.mask is not installed.*'anybatch\[detect\]'"):
         read_document(shared, sound())
 
 

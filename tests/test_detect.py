@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -81,6 +83,27 @@ def test_norms_that_would_be_none_are_refused(task: Detect) -> None:
         replace(task.config, method="frozen")
     with pytest.raises(AnybatchError, match="neck 'frozen' would normalise nothing"):
         replace(task.config, neck="frozen")
+    with pytest.raises(AnybatchError, match="backbone 'none': its convolutions are nothing without their norms"):
+        replace(task.config, backbone="none")
+
+
+def test_mask_heads_are_paired_however_many_classes(task: Detect) -> None:
+    """Of 200 classes an untrained detector is sure of none, and would not run its mask head in evaluation."""
+    many = replace(task.train, categories=tuple(map(str, range(200))), category_ids=tuple(range(1, 201)))
+    config = replace(task.config, detector="mask-rcnn", method="cbn")
+    chosen = Detect(config, many, many, ({}, ""))
+    model = chosen.build()
+    assert model.training
+    paired = [line for line in chosen.conversion.splitlines() if line.startswith("roi_heads.mask_head")]
+    assert len(paired) == 2
+    assert all("fed by" not in line and "no values" not in line for line in paired)
+    assert "without compensation" not in chosen.conversion
+
+
+def test_crowds_alone_measure_nothing(task: Detect) -> None:
+    crowds = tuple(replace(each, crowd=torch.ones_like(each.crowd)) for each in task.test.instances)
+    with pytest.raises(AnybatchError, match="has crowds alone, which are not measured"):
+        Detect(task.config, task.train, replace(task.test, instances=crowds), ({}, ""))
 
 
 def test_frozen_backbone_and_mixed_parts(task: Detect, tmp_path: Path) -> None:
@@ -128,6 +151,10 @@ def test_large_networks_are_the_papers() -> None:
     model = DETECTORS["faster-rcnn"](NETWORKS["resnet18"], body, 5, nn.BatchNorm2d, nn.BatchNorm2d, {"min_size": 64})
     head = model.roi_heads.box_head
     assert [type(m).__name__ for m in head.modules()].count("Conv2d") == 4
+    first = ("conv1.", "bn1.", "layer1.")
+    assert {name for name in weights if name.startswith(NETWORKS["resnet18"].fixed)} == {
+        name for name in weights if name.startswith(first)
+    }
     assert next(m for m in head.modules() if isinstance(m, nn.Linear)).out_features == 1024
     dense = DETECTORS["fcos"](NETWORKS["resnet18"], body, 5, None, None, {"min_size": 64})
     assert not [m for m in dense.head.modules() if isinstance(m, nn.GroupNorm)]  # none means none
@@ -146,6 +173,12 @@ def test_weights_that_cannot_be_used(task: Detect, tmp_path: Path) -> None:
         body_weights("garments", "resnet50")
     with pytest.raises(AnybatchError, match="no weights 'imagenet' for small-resnet"):
         body_weights("imagenet", "small-resnet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchvision.models._api.load_state_dict_from_url", Mock(side_effect=URLError("no route")))
+        with pytest.raises(
+            AnybatchError, match=r"'imagenet' of resnet18 cannot be downloaded \(.*no route.*\): go online"
+        ):
+            body_weights("imagenet", "resnet18")
     torch.save({"conv1.weight": torch.ones(3)}, tmp_path / "other.pt")
     config = replace(task.config, weights=str(tmp_path / "other.pt"))
     with pytest.raises(AnybatchError, match=r"other\.pt' do not fit small-resnet: "):
@@ -224,6 +257,24 @@ def test_the_truth_itself_scores_100(task: Detect) -> None:
         output["masks"] = objects.masks(entry.height, entry.width)[:, None].float()
     measures = scoring.score(task.test, listed(task, outputs), masks=True)
     assert measures["AP"] == measures["AP50"] == measures["mask AP"] == measures["mask AP75"] == 100.0
+
+
+def test_masks_are_small_or_large_by_their_own_area(task: Detect) -> None:
+    """What is found beside the truth in the right class: a mask of 100 pixels in a box of 1,600, a small mask."""
+    (entry, objects), *_ = zip(task.test.images, task.test.instances, strict=True)
+    masks = torch.cat([objects.masks(entry.height, entry.width), torch.zeros(1, entry.height, entry.width)])
+    masks[-1, :5, :20] = 1
+    output = {
+        "boxes": torch.cat([objects.boxes, torch.tensor([[0.0, 0.0, 40.0, 40.0]])]),
+        "labels": torch.cat([objects.labels, objects.labels[:1]]),
+        "scores": torch.cat([torch.full((len(objects),), 0.5), torch.ones(1)]),
+        "masks": masks[:, None].float(),
+    }
+    one = replace(task.test, images=(entry,), instances=(objects,))
+    found = scoring.detection(entry.id, output, task.test.category_ids)
+    measures = scoring.score(one, found, masks=True)
+    assert measures["AP small"] == 100.0  # the wrong box is of medium size, and not counted there
+    assert measures["mask AP small"] < 100.0
 
 
 def test_nothing_found_is_0(task: Detect) -> None:

@@ -94,6 +94,7 @@ def test_compared_side_by_side(folder: Path, tmp_path: Path) -> None:
         (("--batch", "1", "--batch", "2"), "--batch for one run"),
         (("--seeds", "2"), "--seeds for one run"),
         (("--compare", "--resume"), "--compare goes on by itself where it stopped and takes no --resume"),
+        (("--compare", "--seed", "1"), "--seed 1 for several runs: theirs are 0, 1, ...; give their number, --seeds"),
         (("--method", "cnb"), "unknown method 'cnb'"),
         (("--data", "/nowhere"), "there is no folder /nowhere"),
     ],

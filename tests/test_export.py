@@ -387,6 +387,20 @@ def test_the_command(method: str, tmp_path: Path) -> None:
     assert json.loads(facts["config"]) == json.loads(json.dumps(task.config.record()))
 
 
+def test_a_model_that_was_trained_elsewhere(tmp_path: Path) -> None:
+    """On an accelerator that this machine has not: it is deployed from the CPU all the same."""
+    options = [*("--train-images", "32"), *("--test-images", "20"), *("--epochs", "1")]
+    assert run("train", "--out", str(tmp_path), *options)[0] == 0
+    file = tmp_path / "config.json"
+    facts = json.loads(file.read_text())
+    facts["config"]["device"] = "cuda:77"
+    file.write_text(json.dumps(facts))
+    code, said = run("export", str(tmp_path), "--format", "safetensors")
+    assert code == 0, said
+    with pytest.raises(ab.AnybatchError, match="device 'cuda:77' cannot be used"):
+        open_trained(tmp_path)
+
+
 def test_what_the_command_refuses(tmp_path: Path) -> None:
     code, said = run("export", str(tmp_path))
     assert code == 2

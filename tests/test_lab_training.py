@@ -141,15 +141,15 @@ def test_divergence_is_a_result() -> None:
 
 def test_burn_in_as_a_share_of_the_forwards() -> None:
     config = ClassifyConfig(method="cbn-paper(burn_in_steps='1/3')", batch=1, epochs=3)
-    assert config.resolved_method(6000) == "cbn-paper(burn_in_steps=5984)"  # 3 * 187 * 32 / 3
-    assert replace(config, batch=4).resolved_method(6000) == "cbn-paper(burn_in_steps=1496)"
+    assert config.resolved(config.method, 6000) == "cbn-paper(burn_in_steps=5984)"  # 3 * 187 * 32 / 3
+    assert replace(config, batch=4).resolved(config.method, 6000) == "cbn-paper(burn_in_steps=1496)"
     assert "burn_in_steps=5984" in repr(config.norm(6000))
 
 
 def test_the_forwards_of_a_step_by_name() -> None:
     config = ClassifyConfig(method="cbn(average_reductions='step')", batch=2)
-    assert config.resolved_method(6000) == "cbn(average_reductions=16)"
-    assert replace(config, mode="step").resolved_method(6000) == "cbn(average_reductions=1)"
+    assert config.resolved(config.method, 6000) == "cbn(average_reductions=16)"
+    assert replace(config, mode="step").resolved(config.method, 6000) == "cbn(average_reductions=1)"
     assert label(config.method) == "CBN (reductions over a step)"
 
 

@@ -313,6 +313,11 @@ def test_values_are_those_of_the_configuration(tmp_path: Path) -> None:
     assert DetectConfig(**values).milestones == (1, 2)
     recipe = read_recipe(path)
     assert (recipe.processes, recipe.images, recipe.classes, recipe.published) == (1, None, None, ())
+    path.write_text('task = "segment"\n[run]\nintensity = "data"\npatch = 32\n')
+    assert read_recipe(path).values == {"intensity": "data", "patch": 32}
+    path.write_text('task = "segment"\n[run]\nintensity = "all"\n')
+    with pytest.raises(AnybatchError, match=r"run\.intensity: is 'all': give 'example' or 'data'"):
+        read_recipe(path)
 
 
 def test_train_takes_a_recipe_and_what_is_typed_goes_first(tmp_path: Path) -> None:

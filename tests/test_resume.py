@@ -12,6 +12,7 @@ from torch import nn
 
 import anybatch as ab
 from anybatch.errors import AnybatchError
+from anybatch.lab.checkpoint import State
 from anybatch.lab.classify import Classify
 from anybatch.lab.config import ClassifyConfig
 from anybatch.lab.networks import NETWORKS, small_resnet
@@ -76,6 +77,19 @@ def test_random_numbers_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         train_run(Classify(config, DATA), checkpoint=tmp_path / "parts", stop=after(2))
     train_run(Classify(config, DATA), checkpoint=tmp_path / "parts", resume=True)
     assert_same(state(tmp_path / "parts"), state(tmp_path / "whole"))
+
+
+def test_random_numbers_are_those_of_the_models_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need not be the current one: --device cuda:1 without torchrun."""
+    device, kept = torch.device("cuda:1"), {}
+    monkeypatch.setattr(State, "_device", device)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda which: torch.tensor([7, which.index]))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda rng, which: kept.update({which: rng.tolist()}))
+    model = nn.Linear(2, 2)
+    before = State(model, torch.optim.SGD(model.parameters(), 0.1))
+    saved = {"model": model.state_dict(), "optimizer": before.optimizer.state_dict(), "counters": {}}
+    before.take(saved | {"processes": [before.own()]}, 0)
+    assert kept == {device: [7, 1]}
 
 
 def test_steps_of_single_micro_batches_resume(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import anybatch as ab
 from anybatch.errors import AnybatchError
+from anybatch.lab.run_report import write_run_report
 from anybatch.lab.segmentation.config import SegmentConfig
 from anybatch.lab.segmentation.examples import IGNORE, Examples, example
 from anybatch.lab.segmentation.generated import generated
@@ -150,6 +151,28 @@ def test_evaluation_against_loops() -> None:
     ious = [100 * both / union for both, union in unions.values() if union]
     assert scores.more["mean IoU"] == pytest.approx(np.mean(ious), abs=1e-3)
     assert task.evaluate(model, "train").score is not None
+
+
+def test_examples_with_nothing_to_find(tmp_path: Path) -> None:
+    """Of a few training examples a score may be nobody's; of test examples it may not."""
+    data = made((16, 16), train=4, test=2, patch=16)
+    empty = [each._replace(mask=torch.zeros_like(each.mask)) for each in data.train]
+    task = Segment(CONFIG, replace(data, train=empty))
+    assert task.evaluate(task.build(), "train").score is None
+    none = replace(data, test=[data.test[0]._replace(mask=torch.zeros_like(data.test[0].mask)), data.test[1]])
+    assert len(none.first(None, 2).test) == 2
+    with pytest.raises(AnybatchError, match=r"the first 1 test examples of '.*' hold background alone: give more"):
+        none.first(None, 1)
+
+
+def test_a_run_that_diverges_after_an_epoch_has_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([1.0, 1.0])
+    whole = Segment.loss
+    monkeypatch.setattr(Segment, "loss", lambda self, *given: whole(self, *given) * next(losses, math.nan))
+    result = train_run(Segment(CONFIG, PICTURES))
+    assert (result.status, len(result.curve), result.accuracy, result.more) == ("diverged", 1, None, {})
+    page = write_run_report(tmp_path, result, {}, "", "anybatch segment").read_text()
+    assert "It diverged" in page
 
 
 def test_dice_is_monais() -> None:

@@ -68,7 +68,8 @@ def detect(
     backbone: Annotated[
         str | None,
         typer.Option(
-            help="Norm of the backbone: 'frozen', 'method' (that of --method) or another method.", show_default="frozen"
+            help="Norm of the backbone: 'frozen', 'method' (that of --method) or another method.",
+            show_default="frozen; small-resnet: method",
         ),
     ] = None,
     neck: Annotated[
@@ -84,7 +85,9 @@ def detect(
     ] = None,
     drop_invalid: Annotated[
         bool | None,
-        typer.Option("--drop-invalid", help="Leave unusable annotations out, counted, instead of stopping."),
+        typer.Option(
+            "--drop-invalid/--no-drop-invalid", help="Leave unusable annotations out, counted, instead of stopping."
+        ),
     ] = None,
     flip: Annotated[bool | None, typer.Option(help="Mirror half of the training images.", show_default="flip")] = None,
     epochs: Epochs = None,
@@ -106,7 +109,7 @@ def detect(
     at 8. A method besides the table is 'frozen': no norm in neck and heads. On several devices: torchrun
     --nproc-per-node 2 -m anybatch detect ...
     """
-    from anybatch.lab.detection.config import BEST_CBN, DetectConfig
+    from anybatch.lab.detection.config import DetectConfig
 
     options = {
         "data": data,
@@ -128,4 +131,4 @@ def detect(
         "device": device,
     }
     asked = Asked(out, method, batch, compare, seed, seeds, resume, save_every, recipe, dry_run, jobs)
-    asked.run(DetectConfig, options, ("bn", "gn(groups=4)", "frozen", BEST_CBN))
+    asked.run(DetectConfig, options)

@@ -58,7 +58,7 @@ Methods = Annotated[
     typer.Option(
         "--method",
         help="As 'anybatch methods' lists them, with options: 'cbn(window=16)'; with --compare, repeat for several.",
-        show_default="cbn; with --compare several",
+        show_default="the task's CBN; with --compare several",
     ),
 ]
 NormBatches = Annotated[
@@ -104,7 +104,7 @@ DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run",
-        help="Build the model, take one step on generated data of the real shape, estimate time and memory.",
+        help="Build the model, take two steps on generated data of the real shape, estimate time and memory.",
     ),
 ]
 Jobs = Annotated[int | None, typer.Option(min=1, help="With --compare: runs at a time.", show_default="one a core")]

@@ -115,4 +115,4 @@ def segment(
         "device": device,
     }
     asked = Asked(out, method, batch, compare, seed, seeds, resume, save_every, recipe, dry_run, jobs)
-    asked.run(SegmentConfig, options, ("bn", "gn(groups=4)", "cbn"))
+    asked.run(SegmentConfig, options)

@@ -36,13 +36,12 @@ class Asked:
     dry_run: bool
     jobs: int | None
 
-    def run(self, config_class: type[Any], options: Mapping[str, Any], compared: tuple[str, ...]) -> None:
+    def run(self, config_class: type[Any], options: Mapping[str, Any]) -> None:
         """Does it, and exits with its code.
 
         Args:
             config_class: of the task.
             options: values of its fields by name, None where nothing was said.
-            compared: methods to compare if none are named.
 
         Raises:
             AnybatchError: options that do not go together, or whatever the run meets.
@@ -58,8 +57,12 @@ class Asked:
         console, task = Console(highlight=False), config_class.task
         if self.compare:
             self._refuse({"--resume": self.resume, "--save-every": self.save_every, "--dry-run": self.dry_run})
+            if self.seed:
+                raise AnybatchError(
+                    f"--seed {self.seed} for several runs: theirs are 0, 1, ...; give their number, --seeds"
+                )
             base = config_class(**given)
-            methods, batches = self.methods or list(compared), self.batches or [1, 2, 4]
+            methods, batches = self.methods or list(base.compared()), self.batches or [1, 2, 4]
             configs = plan(base, methods, batches, self.seeds or 1)
             command = shlex.join(["anybatch", *sys.argv[1:]])
             out = self.out or Path(f"results/{task}-compare")

@@ -63,8 +63,8 @@ class State:
             "rng": torch.get_rng_state(),
             "losses": torch.stack(self.losses) if self.losses else torch.empty(0),
         }
-        on_cuda = next(self.model.parameters()).is_cuda
-        return state | ({"cuda_rng": torch.cuda.get_rng_state()} if on_cuda else {})
+        device = self._device  # which need not be the current one
+        return state | ({"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
     def take(self, saved: dict[str, Any], rank: int | None) -> None:
         """Goes on from a checkpoint, with the own state of process `rank`; without any if that is None."""
@@ -78,7 +78,11 @@ class State:
         self.losses = list(own["losses"].unbind())
         torch.set_rng_state(own["rng"].cpu())
         if "cuda_rng" in own:
-            torch.cuda.set_rng_state(own["cuda_rng"].cpu())
+            torch.cuda.set_rng_state(own["cuda_rng"].cpu(), self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
 
 class Checkpoints:

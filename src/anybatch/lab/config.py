@@ -11,7 +11,9 @@ from anybatch.lab.processes import started
 from anybatch.layers.config import NormConfig
 from anybatch.methods import METHODS, parse_method
 
-__all__ = ["ClassifyConfig", "TrainConfig"]
+__all__ = ["BEST_CBN", "ClassifyConfig", "TrainConfig"]
+
+BEST_CBN = "cbn(average_reductions='step')"  # at gradient batches of few examples: docs/results/detect.md
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,6 @@ class TrainConfig:
         """Gradient batches per epoch; the last, partial one is dropped."""
         return examples // self.gradient_batch
 
-    def resolved_method(self, examples: int) -> str:
-        """`method`, its quoted fractions and 'step' in training forwards of a run over so many examples."""
-        return self._resolved(self.method, examples)
-
     def all_methods(self) -> tuple[str, ...]:
         """Every method of the table, as typed."""
         return tuple(METHODS)
@@ -120,9 +118,10 @@ class TrainConfig:
 
     def parse(self, method: str, examples: int) -> NormConfig:
         """As `norm`, of any method as typed."""
-        return parse_method(self._resolved(method, examples))
+        return parse_method(self.resolved(method, examples))
 
-    def _resolved(self, method: str, examples: int) -> str:
+    def resolved(self, method: str, examples: int) -> str:
+        """A method with its quoted fractions and 'step' in training forwards of a run over so many examples."""
         step = max(1, self.gradient_batch // (self.batch * started()))
         forwards = self.epochs * self.updates(examples) * self.gradient_batch // (self.batch * started())
         method = re.sub(r"(['\"])step\1", str(step if self.mode == "accumulate" else 1), method)

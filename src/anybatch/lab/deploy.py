@@ -31,7 +31,7 @@ def deploy(
     Raises:
         AnybatchError: there is no checkpoint, or what `export` raises.
     """
-    task, model = open_trained(folder)
+    task, model = open_trained(folder, "cpu")  # which every machine has, where it was trained or not
     facts = {"anybatch": machine.anybatch_version(), "norm": task.norm(), "config": json.dumps(task.config.record())}
     suffix = FORMATS[format].suffix if format in FORMATS else ""
     done = export(model, task.example(), out or folder / f"deploy{suffix}", format, opset, not fixed_batch, part, facts)

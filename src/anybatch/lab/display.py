@@ -74,7 +74,7 @@ class Display:
         """A run has come further."""
         self._share[config] = progress.images / progress.total
         if self._live:
-            note = f"{progress.images:,} of {progress.total:,} images"
+            note = f"{progress.images:,} of {progress.total:,} {config.examples}"
             self._progress.update(self._bars[config], completed=progress.images, note=note)
             self._update_whole()
 

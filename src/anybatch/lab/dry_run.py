@@ -20,6 +20,7 @@ from anybatch.lab.schedule import Schedule
 from anybatch.lab.task import Task
 from anybatch.lab.tasks import open_dry
 from anybatch.lab.training import optimizer_of, take_step
+from anybatch.reporting.page import duration
 
 __all__ = ["dry_run"]
 
@@ -148,17 +149,10 @@ def _estimate(config: TrainConfig, schedule: Schedule, seconds: float, processes
     besides = "reading, evaluation and the exchange of gradients" if processes > 1 else "reading and evaluation"
     return [
         f"A step of {schedule.step} {config.examples} on {processes} process{'es' * (processes > 1)}: {seconds:.2f} s; "
-        f"{steps:,} steps an epoch: {_duration(seconds * steps)}; {config.epochs} epochs: "
-        f"{_duration(seconds * steps * config.epochs)}.",
+        f"{steps:,} steps an epoch: {duration(seconds * steps)}; {config.epochs} epochs: "
+        f"{duration(seconds * steps * config.epochs)}.",
         f"That is {config.device}'s time for the steps alone, as it is now: {besides} come on top.",
     ]
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.1f} seconds"
 
 
 def _table(published: tuple[Published, ...]) -> Table:

@@ -37,12 +37,12 @@ def save(task: Task[Any], model: nn.Module, folder: Path) -> dict[str, Path]:
 
 
 def load(folder: Path) -> dict[str, Path]:
-    """What `save` made; nothing where it made none."""
+    """What `save` made, as far as it is still there."""
     try:
         shown: Mapping[str, str] = json.loads((folder / _LIST).read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return {}
-    return {caption: folder / name for caption, name in shown.items()}
+    return {caption: folder / name for caption, name in shown.items() if (folder / name).is_file()}
 
 
 def element(picture: Path, caption: str) -> Markup:

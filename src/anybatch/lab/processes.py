@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from anybatch.errors import AnybatchError
 
 __all__ = ["ALONE", "Processes", "joined", "started"]
+
+PATIENCE = timedelta(hours=3)  # of the others, while the main process evaluates
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ def joined(device: str) -> Iterator[Processes]:
         return
     if device.startswith("cuda"):
         _take_accelerator(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
     try:
         yield Processes(dist.get_rank(), count)
     finally:

@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows: two comparisons in one folder are then the user's care
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["RUNS", "Results"]
+__all__ = ["RUNS", "Results", "parse"]
 
 RUNS = "runs.jsonl"
 
@@ -82,7 +82,7 @@ class Results:
         corrupt = []
         for number, line in enumerate(self._old_lines(RUNS), 1):
             try:
-                result = _parse(line)
+                result = parse(line)
             except (ValueError, KeyError, TypeError) as error:
                 corrupt.append(line)
                 reason = f"no {error}" if isinstance(error, KeyError) else str(error)
@@ -124,7 +124,12 @@ class Results:
         return AnybatchError(f"cannot {do} the results folder {self.folder} ({reason}); {safe}: mend it or give --out")
 
 
-def _parse(line: str) -> RunResult:
+def parse(line: str) -> RunResult:
+    """The run of a line.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is damaged.
+    """
     record: dict[str, Any] = json.loads(line)
     if not isinstance(record, dict):
         raise TypeError("not a JSON object")

@@ -118,8 +118,8 @@ def train(
             except Stopped as stopped:
                 command = _resuming(arguments, processes.count)
                 console.print(
-                    f"[yellow]Stopped[/] after {stopped.done.images:,} images, all saved in {escape(str(folder))}. "
-                    f"To go on: {escape(command)}",
+                    f"[yellow]Stopped[/] after {stopped.done.images:,} {config.examples}, all saved in "
+                    f"{escape(str(folder))}. To go on: {escape(command)}",
                     soft_wrap=True,
                 )
                 return interruption.exit_code

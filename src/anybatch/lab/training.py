@@ -207,7 +207,7 @@ def train_run(
         curve=done.curve,
         train_loss=done.train_loss,
         fingerprint=task.fingerprint,
-        more=done.more,
+        more={} if diverged else done.more,
         facts={
             "machine": machine.machine(config.device),
             "versions": machine.versions(),

@@ -3,15 +3,14 @@
 from dataclasses import dataclass
 
 from anybatch.errors import AnybatchError
-from anybatch.lab.config import TrainConfig
+from anybatch.lab.config import BEST_CBN, TrainConfig
 from anybatch.lab.detection.detectors import DETECTORS
 from anybatch.lab.detection.networks import NETWORKS
 from anybatch.methods import METHODS
 
-__all__ = ["BEST_CBN", "FROZEN", "NONE", "DetectConfig"]
+__all__ = ["FROZEN", "NONE", "DetectConfig"]
 
 FROZEN, NONE, METHOD = "frozen", "none", "method"
-BEST_CBN = "cbn(average_reductions='step')"  # measured: docs/results/detect.md
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,8 @@ class DetectConfig(TrainConfig):
         detector: a name in `DETECTORS`; network: one in `NETWORKS`.
         weights: of the backbone: "none"; "garments", trained on those of the scenes, for the small network;
             "imagenet", torchvision's; or a file of a state_dict.
-        backbone: "frozen", "method", or a method of the table; likewise `neck` and `heads`, "none" for no norm.
+        backbone: "frozen", "method", or a method of the table; "" for the network's default: frozen, as in the paper,
+            but for the small one, where it is the method. Likewise `neck` and `heads`, "none" for no norm.
         image_size: pixels of an image's shorter side; None keeps that of the scenes, and is 800 elsewhere.
         drop_invalid: leave unusable annotations out, counted, instead of refusing the file.
         flip: mirror half of the training images.
@@ -48,7 +48,7 @@ class DetectConfig(TrainConfig):
     detector: str = "faster-rcnn"
     network: str = "small-resnet"
     weights: str = "garments"
-    backbone: str = FROZEN
+    backbone: str = ""
     neck: str = METHOD
     heads: str = METHOD
     image_size: int | None = None
@@ -60,11 +60,17 @@ class DetectConfig(TrainConfig):
         for option, value, known in (("detector", self.detector, DETECTORS), ("network", self.network, NETWORKS)):
             if value not in known:
                 raise AnybatchError(f"there is no {option} '{value}': choose one of {', '.join(known)}")
+        if not self.backbone:
+            object.__setattr__(self, "backbone", METHOD if NETWORKS[self.network].small else FROZEN)
         if self.image_size is not None and self.image_size < 32:
             raise AnybatchError(f"image_size is {self.image_size}: give at least 32")
         if self.norm_of("backbone") == FROZEN and self.weights == "none":
             raise AnybatchError(
                 "frozen norms of an untrained backbone would normalise nothing: give weights, or backbone 'method'"
+            )
+        if self.norm_of("backbone") == NONE:
+            raise AnybatchError(
+                "backbone 'none': its convolutions are nothing without their norms; say 'frozen', 'method' or a method"
             )
         for part in ("neck", "heads"):
             if self.norm_of(part) == FROZEN:
@@ -79,7 +85,13 @@ class DetectConfig(TrainConfig):
             return FROZEN if part == "backbone" else NONE
         return self.method
 
+    def compared(self) -> tuple[str, ...]:
+        """What is set side by side if no methods are named."""
+        return ("bn", self._typed("gn"), FROZEN, BEST_CBN)
+
     def all_methods(self) -> tuple[str, ...]:
         """Every method of the table, as typed for few channels where the network has few, and "frozen"."""
-        few = NETWORKS[self.network].channels % 32 != 0
-        return (FROZEN, *(row.trial if few else row.name for row in METHODS.values()))
+        return (FROZEN, *map(self._typed, METHODS))
+
+    def _typed(self, name: str) -> str:
+        return METHODS[name].trial if NETWORKS[self.network].channels % 32 else name

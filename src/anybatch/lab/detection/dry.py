@@ -28,7 +28,7 @@ def dry_detect(config: DetectConfig, images: int | None, classes: int | None) ->
     """
     random = config.weights in ("imagenet", "garments")
     weights = (_random(config.network), "") if random else body_weights(config.weights, config.network)
-    if config.data == "scenes" or Path(config.data).is_dir() or images is None or classes is None:
+    if config.data == "scenes" or Path(config.data).expanduser().is_dir() or images is None or classes is None:
         task = open_detect(config, weights)
     else:
         stand_in = _stand_in(Path(config.data), classes)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anybatch.errors import AnybatchError
+from anybatch.integrations._hosts import require
 from anybatch.lab.detection.faults import MARGIN, Fault, is_number, short
 
 __all__ = ["check_segmentation", "encode", "to_pixels"]
@@ -67,8 +67,4 @@ def _check_encoding(segmentation: dict[str, Any], height: int, width: int) -> No
 
 
 def _coco() -> Any:
-    try:
-        from faster_coco_eval.core import mask
-    except ImportError as error:
-        raise AnybatchError(f"segmentations need faster-coco-eval ({error}): pip install 'anybatch[detect]'") from error
-    return mask
+    return require("faster_coco_eval.core.mask", "detect")

@@ -73,7 +73,7 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
 
 def _large(name: str, expansion: int) -> Network:
     widths = tuple(expansion * width for width in (64, 128, 256, 512))
-    return Network(_torchvision(name), widths, 256, 4, 1024, 512, ("conv1", "layer1"))
+    return Network(_torchvision(name), widths, 256, 4, 1024, 512, ("conv1", "bn1", "layer1"))
 
 
 NETWORKS: dict[str, Network] = {

@@ -49,7 +49,10 @@ def score(truth: Annotations, found: Sequence[Detection], masks: bool) -> dict[s
         if not found:
             measures |= {prefix + name: 0.0 for name in _STATS[:3]}
             continue
-        evaluator = core.COCOeval_faster(reference, reference.loadRes(list(found)), kind, print_function=_quiet)
+        # A mask is small or large by its own area: beside a box COCO's code would take the box's.
+        without = {"bbox"} if kind == "segm" else set()
+        results = [{key: value for key, value in each.items() if key not in without} for each in found]
+        evaluator = core.COCOeval_faster(reference, reference.loadRes(results), kind, print_function=_quiet)
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()

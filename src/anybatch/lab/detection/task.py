@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from anybatch.convert import Report, convert_
 from anybatch.errors import AnybatchError
@@ -50,6 +51,8 @@ class Detect(Task[DetectConfig]):
             raise AnybatchError(
                 f"the categories of {train.path} and {test.path} differ: give both the same ids and names"
             )
+        if not any(bool((~objects.crowd).any()) for objects in test.instances):
+            raise AnybatchError(f"{test.path} has crowds alone, which are not measured: give it single objects")
         self._pool = ThreadPoolExecutor(LOADERS, "images")
         self._ahead: dict[tuple[int, int], Future[tuple[Tensor, Target]]] = {}
         self.notes = tuple(_dropped(data) for data in (train, test) if data.dropped)
@@ -83,16 +86,15 @@ class Detect(Task[DetectConfig]):
         if config.norm_of("backbone") == FROZEN:
             freeze_norms_(body)
         neck, heads = (config.norm_of(part) != NONE for part in ("neck", "heads"))
-        model = build_detector(
-            config.detector, network, body, len(self.train.categories) + 1, neck, heads, self.size
-        ).eval()
+        model = build_detector(config.detector, network, body, len(self.train.categories) + 1, neck, heads, self.size)
         groups: dict[str, list[str]] = {}
         for part, patterns in PARTS.items():
             if config.norm_of(part) not in (FROZEN, NONE):
                 groups.setdefault(config.norm_of(part), []).extend(patterns)
-        example = [image.cpu() for image in self.generated(2)[0]]
+        # With boxes, as in training: of many classes an untrained detector finds none, and no mask head would run.
+        example = tree_map_only(Tensor, Tensor.cpu, self.generated(2))
         reports = [
-            convert_(model, config.parse(method, self.train_count), example_inputs=(example,), where=patterns)
+            convert_(model, config.parse(method, self.train_count), example_inputs=example, where=patterns)
             for method, patterns in groups.items()
         ]
         self.conversion = "\n".join(map(_listed, reports))
@@ -196,7 +198,7 @@ def _data(data: str, scenes: int, drop_invalid: bool) -> tuple[Annotations, Anno
         made = SceneConfig(train=scenes, val=max(scenes // 3, 1))
         folder = write_scenes(scene_folder(made), made)
     else:
-        folder = Path(data)
+        folder = Path(data).expanduser()
     (train_file, train_images), (test_file, test_images) = find(folder)
     return read(train_file, train_images, drop_invalid), read(test_file, test_images, drop_invalid)
 

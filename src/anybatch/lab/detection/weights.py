@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,12 @@ def body_weights(weights: str, network: str) -> tuple[State, str]:
         if network == "small-resnet":
             raise AnybatchError("there are no weights 'imagenet' for small-resnet: give garments, none or a file")
         models = require("torchvision.models", "detect")
-        state = models.get_model_weights(network)["IMAGENET1K_V1"].get_state_dict(progress=True, check_hash=True)
+        try:
+            state = models.get_model_weights(network)["IMAGENET1K_V1"].get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:  # not online, no room, or not what was to be downloaded
+            raise AnybatchError(
+                f"weights 'imagenet' of {network} cannot be downloaded ({error}): go online once, or give a file"
+            ) from error
     else:
         state = _file(Path(weights))
     state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
@@ -114,7 +120,7 @@ def _garments() -> State:
 def _train_on_garments() -> dict[str, Tensor]:
     data = load("embedded")
     pixels, labels = data.train_images.squeeze(1).numpy(), data.train_labels
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(0)
         pictures, classes = [], []
         for place in range(_PICTURES):
@@ -136,6 +142,17 @@ def _train_on_garments() -> dict[str, Tensor]:
             torch.autograd.backward(loss)
             optimizer.step()
         return {name: tensor.clone() for name, tensor in model[0].state_dict().items()}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The same sums in the same order, whatever the number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Last(SmallBody):

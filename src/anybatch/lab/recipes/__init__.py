@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from anybatch.errors import AnybatchError
 from anybatch.lab.config import TrainConfig
@@ -201,7 +201,7 @@ def _published(row: _Table) -> Published:
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value of TOML's can stand where the type is hinted."""
-    if isinstance(hint, UnionType):
+    if get_origin(hint) in _UNIONS:
         return any(_fits(value, each) for each in get_args(hint))
     if get_origin(hint) is Literal:
         return value in get_args(hint)
@@ -214,7 +214,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _called(hint: Any) -> str:
     """What the type is called in an error."""
-    if isinstance(hint, UnionType):
+    if get_origin(hint) in _UNIONS:
         return " or ".join(_called(each) for each in get_args(hint) if each is not NoneType)
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, get_args(hint)))
@@ -222,6 +222,8 @@ def _called(hint: Any) -> str:
         return f"a list, each of it {_called(get_args(hint)[0])}"
     return _NAMES[hint]
 
+
+_UNIONS = (UnionType, Union)  # of a Literal and None it is typing's
 
 _NAMES = {
     int: "a whole number",

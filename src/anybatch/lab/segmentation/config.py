@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from anybatch.errors import AnybatchError
-from anybatch.lab.config import TrainConfig
+from anybatch.lab.config import BEST_CBN, TrainConfig
 from anybatch.lab.segmentation.examples import Intensity
 from anybatch.lab.segmentation.networks import NETWORKS
 from anybatch.methods import METHODS
@@ -36,6 +36,7 @@ class SegmentConfig(TrainConfig):
     lr_batch = 8
     examples = "examples"
 
+    method: str = BEST_CBN
     data: str = "volumes"
     epochs: int = 8
     lr: float = 0.05
@@ -68,6 +69,13 @@ class SegmentConfig(TrainConfig):
                 f"give a multiple of {multiple}"
             )
 
+    def compared(self) -> tuple[str, ...]:
+        """What is set side by side if no methods are named."""
+        return ("bn", self._typed("gn"), BEST_CBN)
+
     def all_methods(self) -> tuple[str, ...]:
         """Every method of the table, as typed for few channels where the network has few."""
-        return tuple(row.trial if self.width % 32 else row.name for row in METHODS.values())
+        return tuple(map(self._typed, METHODS))
+
+    def _typed(self, name: str) -> str:
+        return METHODS[name].trial if self.width % 32 else name

@@ -154,12 +154,14 @@ class Examples:
         """The same data with only the first so many examples of each split; None is all.
 
         Raises:
-            AnybatchError: more are asked for than there are.
+            AnybatchError: more are asked for than there are, or those to test on have nothing to find.
         """
         for split, asked, there in (("train", train, len(self.train)), ("test", test, len(self.test))):
             if asked is not None and asked > there:
                 raise AnybatchError(f"{asked} {split} examples are asked for, '{self.name}' has {there}: give fewer")
         if train is None and test is None:
             return self
+        if test is not None and not any(((e.mask > 0) & (e.mask != IGNORE)).any() for e in self.test[:test]):
+            raise AnybatchError(f"the first {test} test examples of '{self.name}' hold background alone: give more")
         digits = hashlib.sha256(f"{self.fingerprint} {train} {test}".encode()).hexdigest()[:12]
         return replace(self, train=self.train[:train], test=self.test[:test], fingerprint=digits)

@@ -92,8 +92,9 @@ class Segment(Task[SegmentConfig]):
         more = {"mean IoU": iou.nanmean()} | {
             f"Dice of {name}": value for name, value in zip(data.classes[1:], dice, strict=True) if not value.isnan()
         }
+        mean = dice.nanmean()  # nan where the training examples that are measured have no class at all
         return Scores(
-            _percent(dice.nanmean()),
+            None if mean.isnan() else _percent(mean),
             round(loss, 5) if math.isfinite(loss) else None,
             {name: _percent(value) for name, value in more.items()},
         )
