@@ -166,7 +166,7 @@ def test_ctrl_c_while_a_worker_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     others = multiprocessing.active_children()  # of other tests
     monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        workers._Worker()
+        workers._Worker(None)
     (started,) = [child for child in multiprocessing.active_children() if child not in others]
     started.kill()
     started.join()
