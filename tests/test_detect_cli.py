@@ -11,6 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from anybatch.lab.config import BEST_CBN
 from anybatch.lab.detection.scenes import SceneConfig, write_scenes
 
 from .tolerances import REORDERED
@@ -50,7 +51,7 @@ def test_one_run_leaves_model_page_and_events(folder: Path, tmp_path: Path) -> N
     assert {"AP50", "train_loss"} <= set(events.Tags()["scalars"])
     assert events.Scalars("AP50")[-1].step == 8
     config = json.loads((tmp_path / "config.json").read_text())["config"]
-    assert (config["task"], config["detector"], config["method"]) == ("detect", "fcos", "cbn")
+    assert (config["task"], config["detector"], config["method"]) == ("detect", "fcos", BEST_CBN)
     again = run(*command(folder, "--detector", "fcos", "--batch", "2", "--out", str(tmp_path), "--resume"))
     assert again.returncode == 0, again.stderr
     assert "nothing is left to train" in again.stdout

@@ -44,10 +44,10 @@ def draw(
         figure = Figure(figsize=(7.2, 2.4 * len(examples) + 0.6), layout="constrained")
         grid = figure.subplots(len(examples), 3, squeeze=False)
         for row, each, answer in zip(grid, examples, found, strict=True):
-            for axes, title, painted in zip(row, ("image", "mask", "found"), (None, each.mask, answer), strict=True):
+            for axes, painted in zip(row, (None, each.mask, answer), strict=True):
                 _panel(axes, each, painted, colours, len(classes))
-                if row is grid[0]:
-                    axes.set_title(title, loc="left", fontsize=12, color=MUTED)
+        for axes, title in zip(grid[0], ("image", "mask", "found"), strict=True):
+            axes.set_title(title, loc="left", fontsize=12, color=MUTED)
         keys = [Patch(color=colours(place), label=name) for place, name in enumerate(classes[1:])]
         figure.legend(handles=keys, loc="outside lower left", ncols=4, frameon=False, fontsize=10.5)
         folder.mkdir(parents=True, exist_ok=True)
