@@ -169,7 +169,8 @@ def test_the_estimate_is_the_step_times_the_steps(monkeypatch: pytest.MonkeyPatc
     clock = iter([0.0, 100.0, 200.0, 200.5])  # the first step makes buffers, and does not count
     monkeypatch.setattr(dry.time, "perf_counter", lambda: next(clock))
     _, text = printed(config, recipe.path)
-    assert "A step of 32 images on 8 processes: 0.50 s; 40,036 steps an epoch: 5 h 33 min; 90 epochs: 20 d 20 h." in text
+    said = "A step of 32 images on 8 processes: 0.50 s; 40,036 steps an epoch: 5 h 33 min; 90 epochs: 20 d 20 h."
+    assert said in text
 
 
 def test_memory_counts_what_came_since(tmp_path: Path) -> None:
