@@ -20,6 +20,8 @@ from anybatch.reporting.style import MARKERS, MUTED, SERIES, STYLE
 
 __all__ = ["accuracy_figure", "colours_of", "curves_figure", "name_lines", "run_figure"]
 
+WIDTH = 17  # characters of a label's line
+
 
 def accuracy_figure(summary: Summary) -> Figure:
     """The measure against batch size, with 95 % intervals over seeds; the reference is dashed.
@@ -94,8 +96,12 @@ def curves_figure(summary: Summary, results: Iterable[RunResult]) -> Figure:
 
 
 def _wrapped(text: str) -> str:
-    """In lines of a label's width; what is in brackets stays together."""
-    return textwrap.fill(re.sub(r"\(.*\)", lambda m: m[0].replace(" ", "\N{NO-BREAK SPACE}"), text), 17)
+    """In lines of a label's width; what is in brackets stays together where it fits."""
+
+    def together(brackets: re.Match[str]) -> str:
+        return brackets[0].replace(" ", "\N{NO-BREAK SPACE}") if len(brackets[0]) <= WIDTH else brackets[0]
+
+    return textwrap.fill(re.sub(r"\(.*\)", together, text), WIDTH, break_long_words=False)
 
 
 def _rows(summary: Summary, method: str) -> list[Row]:
