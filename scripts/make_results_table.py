@@ -21,7 +21,8 @@ def tables(file: Path) -> str:
     first = f"{estimate_text(reference.accuracy)} is the reference, {reference.label} at batch {reference.batch}"
     scores = _table(summary, rows, f"{summary.measure}, %", lambda row: estimate_text(row.accuracy))
     differences = _table(summary, rows, "difference, points", lambda row: difference_text(row.difference))
-    return f"{first} ({reference.runs} seeds).\n\n{scores}\n{differences}"
+    seeds = f"{reference.runs} seed{'s' * (reference.runs != 1)}"
+    return f"{first} ({seeds}).\n\n{scores}\n{differences}"
 
 
 def _table(summary: Summary, rows: dict[tuple[str, int], Row], head: str, cell) -> str:  # type: ignore[no-untyped-def]

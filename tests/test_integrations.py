@@ -4,6 +4,7 @@ import importlib
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -293,3 +294,11 @@ def test_a_head_shared_by_the_levels_of_a_pyramid(training: bool) -> None:
     model.eval()
     folded, plain = ab.fold(model)(IMAGES)[0], model(IMAGES)[0]
     torch.testing.assert_close(folded["scores"], plain["scores"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_host_built_for_another_torch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mismatched.py").write_text("raise RuntimeError('operator mismatched::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    said = r"mismatched is installed and does not fit this torch \(operator mismatched::nms does not exist\)"
+    with pytest.raises(ab.AnybatchError, match=said):
+        require("mismatched", "detect")

@@ -16,8 +16,8 @@ def require(module: str, extra: str) -> ModuleType:
         extra: of this package that installs the host.
 
     Raises:
-        AnybatchError: the host is not installed. Where it is, and something that it needs is missing, its own
-            ImportError is left as it is.
+        AnybatchError: the host is not installed, or was built for another torch. Where something that it needs is
+            missing, its own ImportError is left as it is.
     """
     host = module.partition(".")[0]
     try:
@@ -27,4 +27,9 @@ def require(module: str, extra: str) -> ModuleType:
             raise
         raise AnybatchError(
             f"{module} is not installed, which this part of anybatch is for: pip install 'anybatch[{extra}]'"
+        ) from error
+    except RuntimeError as error:  # torchvision's operators are built for one version and kind of torch
+        first = (str(error).splitlines() or [""])[0]
+        raise AnybatchError(
+            f"{host} is installed and does not fit this torch ({first}): install the two in versions that go together"
         ) from error

@@ -241,7 +241,7 @@ def load_model(folder: Path) -> tuple[TrainConfig, dict[str, Tensor], str]:
         return config_of(facts["config"]), safetensors.torch.load_file(folder / MODEL), facts["fingerprint"]
     except FileNotFoundError as error:
         raise AnybatchError(
-            f"{folder} has no checkpoint ({error.filename}): give an --out of anybatch train"
+            f"{folder} has no checkpoint ({error.filename}): give an --out of anybatch train, detect or segment"
         ) from error
     except Exception as error:  # json, safetensors and the configuration each have their own
         raise AnybatchError(f"the checkpoint in {folder} is damaged ({error}): train anew") from error

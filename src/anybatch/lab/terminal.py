@@ -126,7 +126,13 @@ def train(
     if main:
         _print_result(result, folder, console)
     if main and watched:
-        report = write_run_report(folder, result, shown, task.conversion, shlex.join(["anybatch", *arguments]))
+        report = write_run_report(
+            folder,
+            result,
+            shown,
+            task.conversion,
+            shlex.join(["anybatch", *(each for each in arguments if each != "--resume")]),
+        )
         console.print(f"Report: [bold]{escape(str(report))}[/]", soft_wrap=True)
     return 0
 

@@ -133,6 +133,9 @@ def train_run(
     config = task.config
     machine.check_device(config.device)
     schedule = Schedule.of(config, task.train_count, processes.count)
+    if config.warmup_steps and config.warmup_steps >= schedule.total // schedule.step:
+        steps = schedule.total // schedule.step
+        say(f"the warm-up of {config.warmup_steps} steps does not end within the run's {steps}: train for more")
     order = Order(config.seed, task.train_count, schedule.epoch)
     model = task.build()
     optimizer = optimizer_of(model, config)

@@ -39,7 +39,9 @@ def draw(
                 objects = truth.instances[place]
                 _boxes(axes, found[place], objects.boxes, objects.labels, truth.categories)
     write_atomically(folder / "detections.png", style.png(figure))
-    caption = f"what is found with a score of at least {SURE}: green right, orange wrong; dashed, what is missed"
+    caption = (
+        f"What is found with a score of at least {SURE}: green right, orange wrong; pink and dashed, what is missed"
+    )
     return {caption: "detections.png"}
 
 
