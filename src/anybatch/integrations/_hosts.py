@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-from ..errors import AnybatchError
+from ..errors import AnybatchError, first_line
 
 __all__ = ["require"]
 
@@ -29,7 +29,7 @@ def require(module: str, extra: str) -> ModuleType:
             f"{module} is not installed, which this part of anybatch is for: pip install 'anybatch[{extra}]'"
         ) from error
     except RuntimeError as error:  # torchvision's operators are built for one version and kind of torch
-        first = (str(error).splitlines() or [""])[0]
         raise AnybatchError(
-            f"{host} is installed and does not fit this torch ({first}): install the two in versions that go together"
+            f"{host} is installed and does not fit this torch ({first_line(error)}): "
+            f"install the two in versions that go together"
         ) from error

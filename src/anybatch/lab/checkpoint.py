@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from anybatch.errors import AnybatchError
+from anybatch.errors import AnybatchError, first_line
 from anybatch.lab import machine
 from anybatch.lab.config import TrainConfig
 from anybatch.lab.processes import Processes
@@ -177,7 +177,7 @@ class Checkpoints:
             state.take(saved, self.processes.rank if before == now else None)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise AnybatchError(
-                f"the checkpoint in {self.folder} does not fit the model ({_first_line(error)}): start anew in "
+                f"the checkpoint in {self.folder} does not fit the model ({first_line(error)}): start anew in "
                 f"another --out"
             ) from error
 
@@ -220,14 +220,10 @@ def _read(path: Path, device: str) -> dict[str, Any]:
     except _Damaged:
         raise
     except Exception as error:  # zipfile and torch.load raise whatever they meet
-        raise _Damaged(f"it is cut short or no checkpoint: {_first_line(error)}") from error
+        raise _Damaged(f"it is cut short or no checkpoint: {first_line(error)}") from error
     if not isinstance(saved, dict) or set(saved) != _KEYS:
         raise _Damaged("it is no checkpoint of this version of anybatch")
     return saved
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def load_model(folder: Path) -> tuple[TrainConfig, dict[str, Tensor], str]:

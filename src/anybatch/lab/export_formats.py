@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from anybatch.errors import AnybatchError
+from anybatch.errors import AnybatchError, first_line
 from anybatch.integrations._hosts import require
 
 __all__ = ["FORMATS", "OPSETS", "Args", "Runner", "Written", "norms_of_graph"]
@@ -100,7 +100,7 @@ def _capture(model: nn.Module, args: Args, any_batch: bool) -> torch.export.Expo
             raise
         mend = "; --fixed-batch (dynamic_batch=False) may" if any_batch else ""
         raise AnybatchError(
-            f"torch.export cannot follow {type(model).__name__} ({_first_line(error)}){mend}. What decides by values, "
+            f"torch.export cannot follow {type(model).__name__} ({_brief(error)}){mend}. What decides by values, "
             "as the choice among a detector's boxes does, cannot be in a graph: export the network inside of it by its "
             "name (part='backbone', --part backbone), or the folded weights alone (--format safetensors)"
         ) from error
@@ -133,7 +133,7 @@ def _write_onnx(model: nn.Module, args: Args, any_batch: bool, opset: int, facts
         content: bytes = proto.SerializeToString()
     except Exception as error:
         raise AnybatchError(
-            f"{type(model).__name__} cannot be written as ONNX ({_first_line(error)}): take --format torch-export"
+            f"{type(model).__name__} cannot be written as ONNX ({_brief(error)}): take --format torch-export"
         ) from error
     kinds = [node.op_type for node in proto.graph.node if _ONNX_NORM.fullmatch(node.op_type)]
     return _written(program, content, len(proto.graph.node), {kind: kinds.count(kind) for kind in sorted(set(kinds))})
@@ -180,12 +180,12 @@ def _read_state(content: bytes, model: nn.Module) -> Runner:
     return lambda args: tree_leaves(fresh(*args))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")[:200]
-
-
 FORMATS: Mapping[str, Format] = {
     "onnx": Format(".onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _read_onnx),
     "torch-export": Format(".pt2", (), _write_program, _read_program),
     "safetensors": Format(".safetensors", (), _write_state, _read_state),
 }
+
+
+def _brief(error: Exception) -> str:
+    return first_line(error).rstrip(".:")[:200]

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from anybatch.errors import AnybatchError
 
-__all__ = ["UNREADABLE", "load_folder"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "UNREADABLE", "load_folder"]
+
+# Of pixels in [0, 1], by channel, as torchvision has them.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a damaged file

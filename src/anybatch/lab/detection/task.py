@@ -3,7 +3,6 @@
 import hashlib
 import random
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from anybatch.convert import Report, convert_
 from anybatch.errors import AnybatchError
+from anybatch.lab.ahead import Ahead
 from anybatch.lab.detection import scoring
 from anybatch.lab.detection.annotations import Annotations
 from anybatch.lab.detection.coco import find, load_image, read
@@ -28,7 +28,6 @@ from anybatch.lab.task import Scores, Split, Task
 __all__ = ["Detect", "open_detect"]
 
 EVALUATION_BATCH = 8
-LOADERS = 8  # threads that read images
 
 Target = dict[str, Tensor]
 
@@ -53,8 +52,7 @@ class Detect(Task[DetectConfig]):
             )
         if not any(bool((~objects.crowd).any()) for objects in test.instances):
             raise AnybatchError(f"{test.path} has crowds alone, which are not measured: give it single objects")
-        self._pool = ThreadPoolExecutor(LOADERS, "images")
-        self._ahead: dict[tuple[int, int], Future[tuple[Tensor, Target]]] = {}
+        self._ahead = Ahead(self._example)
         self.notes = tuple(_dropped(data) for data in (train, test) if data.dropped)
         self.places = [place for place, objects in enumerate(train.instances) if bool((~objects.crowd).any())]
         self.train_count = len(self.places)
@@ -103,17 +101,13 @@ class Detect(Task[DetectConfig]):
 
     def batch(self, indices: Tensor, seen: int) -> tuple[list[Tensor], list[Target]]:
         """Images and what is in them, half of them mirrored."""
-        self.expect(indices, seen)
-        examples = [self._ahead.pop((index, seen)).result() for index in indices.tolist()]
-        device = self.config.device
+        examples, device = self._ahead.take(indices, seen), self.config.device
         images = [image.to(device) for image, _ in examples]
         return images, [{name: value.to(device) for name, value in target.items()} for _, target in examples]
 
     def expect(self, indices: Tensor, seen: int) -> None:
         """Has threads read the images of a step to come."""
-        for index in indices.tolist():
-            if (index, seen) not in self._ahead:
-                self._ahead[index, seen] = self._pool.submit(self._example, index, seen)
+        self._ahead.expect(indices, seen)
 
     def _example(self, index: int, seen: int) -> tuple[Tensor, Target]:
         place = self.places[index]

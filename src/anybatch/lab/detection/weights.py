@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybatch.convert.walker import swap
-from anybatch.errors import AnybatchError
+from anybatch.errors import AnybatchError, first_line
 from anybatch.integrations._hosts import require
 from anybatch.lab.data import load
 from anybatch.lab.detection.compose import SceneConfig, compose
 from anybatch.lab.detection.networks import SmallBody
 from anybatch.lab.idx import user_cache
+from anybatch.lab.images import IMAGENET_MEAN, IMAGENET_STD
 from anybatch.reporting.files import write_atomically
 
 __all__ = ["body_weights", "freeze_norms_"]
@@ -92,8 +93,9 @@ def _file(path: Path) -> State:
     except FileNotFoundError as error:
         raise AnybatchError(f"there is no file {path}: give weights as garments, imagenet, none or a file") from error
     except Exception as error:  # whatever safetensors, pickle and zip raise
-        first = (str(error).splitlines() or [""])[0]
-        raise AnybatchError(f"weights {path} cannot be read ({first}): give a state_dict of tensors") from error
+        raise AnybatchError(
+            f"weights {path} cannot be read ({first_line(error)}): give a state_dict of tensors"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise AnybatchError(f"weights {path} hold no state_dict of tensors: save model.state_dict()")
     for prefix in ("backbone.body.", "body.", "backbone.", "module."):
@@ -128,7 +130,7 @@ def _train_on_garments() -> dict[str, Tensor]:
             pictures.append(torch.from_numpy(picture).permute(2, 0, 1))
             classes.append(int(labels[placed[0].garment]))
         x, y = torch.stack(pictures), torch.tensor(classes)
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         model = nn.Sequential(_Last(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, len(data.classes)))
         optimizer = torch.optim.SGD(model.parameters(), lr=_LR, momentum=0.9, weight_decay=5e-4)
         steps = _EPOCHS * (_PICTURES // _BATCH)

@@ -2,9 +2,8 @@
 
 import difflib
 import math
-import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from anybatch.convert import convert_
 from anybatch.errors import AnybatchError
 from anybatch.integrations._hosts import require
-from anybatch.lab import machine
+from anybatch.lab.ahead import Ahead
+from anybatch.lab.images import IMAGENET_MEAN, IMAGENET_STD
 from anybatch.lab.streaming.config import StreamConfig
 from anybatch.lab.streaming.listing import Listing, Split, list_folder
 from anybatch.lab.streaming.pixels import middle_pixels, training_pixels
@@ -26,7 +26,6 @@ from anybatch.lab.task import Split as SplitName
 __all__ = ["Stream", "dry_stream", "open_stream"]
 
 EVALUATION_BATCH = 100
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1], as torchvision has them
 _SINGLE = {"aux_logits": False, "init_weights": True}
 _MORE = {"googlenet": _SINGLE, "inception_v3": _SINGLE}  # one output, and no warning about how they start
 
@@ -42,8 +41,7 @@ class Stream(Task[StreamConfig]):
         self.fingerprint, self.train_count = listing.fingerprint, len(listing.train)
         if listing.others:
             self.notes = (f"{config.data}: {listing.others} files in class folders are no images, by their names",)
-        self._pool = ThreadPoolExecutor(_threads())
-        self._ahead: dict[tuple[int, int], Future[Tensor]] = {}
+        self._ahead = Ahead(self._part)
 
     def other(self, config: StreamConfig) -> "Stream":
         """The same images."""
@@ -67,10 +65,8 @@ class Stream(Task[StreamConfig]):
 
     def batch(self, indices: Tensor, seen: int) -> Batch:
         """Random parts of the images, normalised, and their labels."""
-        ahead, self._ahead = self._ahead, {}
-        coming = [ahead.get((i, seen)) or self._pool.submit(self._part, i, seen) for i in indices.tolist()]
         labels = [self.listing.train.labels[i] for i in indices.tolist()]
-        return self._on_device([part.result() for part in coming], labels)
+        return self._on_device(self._ahead.take(indices, seen), labels)
 
     def batches(self, indices: Tensor, count: int, seen: int) -> list[Batch]:
         """The micro-batches of a step, decoded together."""
@@ -79,7 +75,7 @@ class Stream(Task[StreamConfig]):
 
     def expect(self, indices: Tensor, seen: int) -> None:
         """Starts decoding."""
-        self._ahead = {(i, seen): self._pool.submit(self._part, i, seen) for i in indices.tolist()}
+        self._ahead.expect(indices, seen)
 
     def _part(self, index: int, seen: int) -> Tensor:
         """Drawn for this step of this run: a resumed run sees the same."""
@@ -120,7 +116,7 @@ class Stream(Task[StreamConfig]):
         for start in starts:
             ready = coming
             places = range(start, min(start + EVALUATION_BATCH, len(val)))
-            coming = [self._pool.submit(middle_pixels, val.path(place), size) for place in places]
+            coming = [self._ahead.pool.submit(middle_pixels, val.path(place), size) for place in places]
             if ready:
                 yield [image.result() for image in ready]
         yield [image.result() for image in coming]
@@ -162,7 +158,7 @@ def _listed(data: str) -> Listing:
 
 
 def _normalised(pixels: Tensor) -> Tensor:
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (pixels.float() / 255 - mean) / std
 
 
@@ -175,8 +171,3 @@ def _check_network(name: str) -> None:
             f"torchvision has no classifier '{name}': choose one that torchvision.models.list_models() names, "
             f"as {' or '.join(near)}"
         )
-
-
-def _threads() -> int:
-    """Cores of this machine for each of the processes on it."""
-    return max(2, int(machine.machine()["cores"]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
