@@ -6,7 +6,7 @@ its opinion is compared.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,7 @@ class Pairing:
         reason: why it is unpaired; else empty.
         shared: who else uses what the maps give, or their weights; empty when the norm alone does.
         note: another opinion, of torch.fx; mostly empty.
+        rows: of its input for each example that the model was given.
         folds_into: the maps of an unpaired norm that it can be folded into all the same, for example those that pad by
             themselves: no closed form explains their output, but it scales as their weight does.
     """
@@ -53,6 +54,7 @@ class Pairing:
     shared: str = ""
     note: str = ""
     folds_into: tuple[Feed, ...] = ()
+    rows: int = 1
 
     @property
     def exclusive(self) -> bool:
@@ -99,13 +101,27 @@ def pair(model: nn.Module, norms: Mapping[str, nn.Module], example_inputs: Any) 
     args, kwargs = as_call(example_inputs)
     ledger = Ledger(model, list(norms.values()))
     ledger.run(args, kwargs)
-    pairings = {name: _judge(ledger, norm) for name, norm in norms.items()}
+    given = _examples((*args, *kwargs.values()))
+    pairings = {
+        name: replace(_judge(ledger, norm), rows=max(1, ledger.rows.get(norm, 1) // given))
+        for name, norm in norms.items()
+    }
     opinions = _opinions(model, norms)
     for name, pairing in pairings.items():
         seen = opinions.get(name)
         if seen is not None and seen not in {feed.name for feed in pairing.feeds}:
             pairings[name] = replace(pairing, note=f"torch.fx sees '{seen}' feed it")
     return pairings
+
+
+def _examples(inputs: Sequence[Any]) -> int:
+    """How many examples a model is given: the length of the first tensor, or list of tensors, that has one."""
+    for given in inputs:
+        if isinstance(given, Tensor) and given.dim():
+            return max(1, len(given))
+        if isinstance(given, (list, tuple)) and given and all(isinstance(each, Tensor) for each in given):
+            return len(given)
+    return 1
 
 
 def _judge(ledger: Ledger, norm: nn.Module) -> Pairing:

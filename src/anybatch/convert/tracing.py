@@ -82,6 +82,7 @@ class Ledger(TorchFunctionMode):
         super().__init__()
         self.visits: dict[nn.Module, list[Visit]] = {norm: [] for norm in norms}
         self.calls: list[Call] = []
+        self.rows: dict[nn.Module, int] = {}  # norm -> the most rows that it was called on
         self.borrowed: dict[nn.Module, str] = {}  # map -> function that used its weight outside of its forward
         self.names = {module: name for name, module in model.named_modules()}
         self._model = model
@@ -173,6 +174,8 @@ class Ledger(TorchFunctionMode):
 
     def _norm_starts(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         y = first_tensor(args, kwargs)
+        if y is not None and y.dim():
+            self.rows[norm] = max(self.rows.get(norm, 0), len(y))
         self._normalising.append(y)
         self._paused = True
         self.visits[norm].append(

@@ -194,6 +194,7 @@ def _around(norm: nn.Module, pairing: Pairing | None, flow: Flow | None) -> Surr
             around,
             feeds=tuple(Fed(feed.module, feed.inside) for feed in pairing.feeds),
             exclusive=pairing.exclusive,
+            rows=pairing.rows,
         )
     if flow is not None:
         around = replace(

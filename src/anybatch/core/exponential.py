@@ -1,8 +1,9 @@
 """Moments pooled over all past batches with exponentially falling shares, in the memory of one.
 
-Batch t, of n_t values a channel, counts c_t = n_t lambda^(now - t), lambda = 1 - 1/k: of batches of one size the newest
-has the share 1/k, as in a window of k. Of the past are kept C = sum c, its mean and variance (spread between batches
-included) and, over the positions that were looked at (core/sampling.py),
+Batch t, of n_t values a channel, counts c_t = n_t lambda_(t+1) ... lambda_now, lambda = 1 - 1/k: of batches of one size
+the newest has the share 1/k, as in a window of k. A window of N examples has k = N / n for a batch of n of them. Of the
+past are kept C = sum c, its mean and variance (spread between batches included) and, over the positions that were
+looked at (core/sampling.py),
 
     P = E[p],   mean_at = <P, W_t> + b_t,   D = E[(y - E[y]) (p - E[p])],   var_at = <D, W_t>
 
@@ -105,7 +106,7 @@ def advance(
     """
     n = now.size if rule.by_count else (now.size.sign() if isinstance(now.size, Tensor) else 1)
     looked = False if seen is None else seen.looked
-    sizes, s, at = _count(past.sizes, 1 - 1 / rule.window, n, looked)
+    sizes, s, at = _count(past.sizes, rule.kept, n, looked)
     if not rows.shape[1]:
         mean, var = blend(past.mean, past.var, now.mean, now.var, s)
         ok = _good(now, take, mean, var)
@@ -129,12 +130,14 @@ def advance(
     gap = gap if carried.var_by_patch is None else gap + carried.var_by_patch
     through = float(rule.gradient) if used is None else used.to(mean.dtype) * float(rule.gradient)
     of_carried = carried.mean_by, carried.var_by, gap
-    per = _inverse(var_at, var)
+    per = _inverse(var_at, var, mean)
     by = By(s, at, through, *of_carried, apart, lean, offset, rest, per)
     ok = _good(now, take, mean + mean_at, var + var_at)
     pooled = _pooled(mean, var, s, now, used)
     new = Past._make((*_where(ok, (sizes, mean, var, mean_at, var_at, per), past), past.patch, past.covariance))
     if seen is None or apart is None:
+        if not isinstance(rule.kept, Tensor) and not rule.kept:
+            return pooled, None, new, ok  # nothing of the past is in it
         response = Response(past.patch.unsqueeze(0), past.covariance, None, None, by, answer_unseen)
         return pooled, response, new, ok
     patch, left, second = seen.patch, seen.left, seen.covariance
@@ -152,13 +155,13 @@ def advance(
 
 
 def _count(
-    sizes: Tensor, kept: float, n: Tensor | float, looked: Tensor | bool
+    sizes: Tensor, kept: Tensor | float, n: Tensor | float, looked: Tensor | bool
 ) -> tuple[Tensor, Tensor | float, Tensor | float]:
     """C with a batch of n in it, and what is left of C as of the last look; what share is newer than either.
 
     The second no more than 1 - (1 - s) / 8: the gradient needs yesterday's D, which is what today's leaves of it.
     """
-    if at_hand(sizes) and not isinstance(n, Tensor) and isinstance(looked, bool):
+    if at_hand(sizes) and not isinstance(n, Tensor) and not isinstance(kept, Tensor) and isinstance(looked, bool):
         whole, seen = (size * kept for size in sizes.tolist())
         whole += n
         s = n / whole
@@ -229,11 +232,17 @@ def _scatter(seen: Seen, rows: Tensor) -> Tensor:
     return by_positions
 
 
-def _inverse(var_at: Tensor, var: Tensor) -> Tensor:
-    """1 / var_at, or zero where the positions have seen too little of the variance to say how it changes."""
+def _inverse(var_at: Tensor, var: Tensor, mean: Tensor) -> Tensor:
+    """1 / var_at, or zero where the positions have seen too little of the variance to say how it changes.
+
+    So they have where there is no more of it than rounding of the mean makes.
+    """
+    rounding = 64 * torch.finfo(mean.dtype).eps ** 2
     # Literals: a compiler asked for dynamic sizes takes a global number for one of them.
     # Below 1e-30 eps is all there is, and one weak channel's reciprocal must not make the whole batch not finite.
-    return torch.where(var_at > (var / 64).clamp_min(1e-30), var_at.reciprocal(), 0.0)
+    return torch.where(
+        var_at > torch.addcmul(var / 64, mean, mean, value=rounding).clamp_min(1e-30), var_at.reciprocal(), 0.0
+    )
 
 
 def _where(ok: Tensor | bool, new: Sequence[Any], old: Iterable[Any]) -> Sequence[Any]:

@@ -67,14 +67,14 @@ class Rule(NamedTuple):
     """How batches are pooled.
 
     Args:
-        window: k, batches.
+        kept: of the weight of all past batches, beside that of today's; what a ring keeps does not go by it.
         by_count: shares by the number of values; else every batch counts the same.
         second_moment: expand E[y^2] to first order; else the standard deviation.
         gradient: through the past too.
         group: ranks that the batches are spread over.
     """
 
-    window: int
+    kept: Tensor | float
     by_count: bool = True
     second_moment: bool = False
     gradient: bool = True
@@ -86,7 +86,7 @@ class Averages(NamedTuple):
 
     reductions: Tensor  # (2, C)
     backwards: Tensor  # () so many are in it
-    over: int  # backwards
+    over: Tensor | float  # backwards
     loss_scale: Tensor | None = None  # what the loss is multiplied by
 
 
@@ -129,8 +129,9 @@ def normalise_pooled(
         mapped = [*map, *response[:4]]
     out: Tensor = _NormalisePooled.apply(  # type: ignore[no-untyped-call]
         *(y, weight, bias, *mapped, now.mean, pooled.mean, pooled.var),
-        *(*(averages or (None, None, 0, None)), eps, group, on_backward, passes, answer),
-        *(pooled.share, now.size, *by),
+        *((averages.reductions, averages.backwards, averages.loss_scale) if averages else (None,) * 3),
+        *(eps, group, on_backward, passes, answer),
+        *(pooled.share, now.size, averages and averages.over, *by),
     )
     return out
 
@@ -148,9 +149,10 @@ def average_(averages: Averages, new: Tensor, inverse: Tensor) -> Tensor:
     ok = finite(new / inverse)
     backwards.add_(ok)
     if isinstance(ok, Tensor):
-        kept.add_(torch.where(ok, new - kept, 0.0) / backwards.clamp(1, over))
+        so_many = backwards.clamp(1, over) if not isinstance(over, Tensor) else backwards.minimum(over).clamp_min(1)
+        kept.add_(torch.where(ok, new - kept, 0.0) / so_many)
     elif ok:
-        kept.lerp_(new, 1 / min(backwards.item(), over))
+        kept.lerp_(new, 1 / min(backwards.item(), float(over)))
     return kept if scale is None else kept * scale
 
 
@@ -172,7 +174,6 @@ class _NormalisePooled(torch.autograd.Function):
         var: Tensor,
         reductions: Tensor | None,
         backwards: Tensor | None,
-        over: int,
         loss_scale: Tensor | None,
         eps: float,
         group: Group,
@@ -185,7 +186,7 @@ class _NormalisePooled(torch.autograd.Function):
         tensors = [v if isinstance(v, Tensor) else None for v in numbers]
         ctx.save_for_backward(y, weight, now_mean, mean, var, patches, covariance, second, left, *tensors)
         ctx.numbers = [None if isinstance(v, Tensor) else v for v in numbers]
-        ctx.reductions, ctx.backwards, ctx.over, ctx.loss_scale = reductions, backwards, over, loss_scale
+        ctx.reductions, ctx.backwards, ctx.loss_scale = reductions, backwards, loss_scale
         ctx.answer, ctx.eps, ctx.group, ctx.on_backward = answer, eps, group, on_backward
         ctx.rows_shape = None if rows is None else rows.shape
         ctx.passes = passes
@@ -196,7 +197,7 @@ class _NormalisePooled(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         y, weight, now_mean, mean, var, *saved = ctx.saved_tensors
         tensors = saved[:4]
-        share, m, *by = (number if t is None else t for number, t in zip(ctx.numbers, saved[4:], strict=True))
+        share, m, over, *by = (number if t is None else t for number, t in zip(ctx.numbers, saved[4:], strict=True))
         if ctx.on_backward is not None:
             ctx.on_backward()
         inverse = torch.rsqrt(var + ctx.eps)
@@ -209,8 +210,8 @@ class _NormalisePooled(torch.autograd.Function):
         of_mean, of_var = (sums * down).unbind()  # dL/dmean, 2 dL/dvar
         means = sums / m
         through = means * share  # E[g] and E[g y_hat] that y is answerable for: its share of its own,
-        if ctx.over:
-            averages = Averages(ctx.reductions, ctx.backwards, ctx.over, ctx.loss_scale)
+        if over is not None:
+            averages = Averages(ctx.reductions, ctx.backwards, over, ctx.loss_scale)
             later = average_(averages, means, inverse) * (1 - share)
             if not isinstance(m, int) or m < 2:  # it may be normalised by constants, and nothing but a g flows
                 later = later * (share.sign() if isinstance(share, Tensor) else float(share > 0))

@@ -130,6 +130,7 @@ class Released:
         except AnybatchError as error:
             raise AnybatchError(str(error).replace("cbn-paper", NAME)) from error
         assert isinstance(paper, CBN)
+        assert paper.window is not None
         return cls(paper.window, paper.burn_in_steps)
 
     def same(self) -> CBN:

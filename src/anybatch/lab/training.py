@@ -90,6 +90,7 @@ def run_key(task: Task[TrainConfig]) -> str:
     norm = task.norm()
     for later in (
         ", sync=False",
+        ", window_examples=64",
         ", kind='ring', positions=16, storage='full', refresh=2",
         ", refresh=1",
     ):  # options as they were before they came

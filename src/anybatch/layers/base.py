@@ -58,6 +58,7 @@ class NormLayer(SyncedLayer):
     repeatable: ClassVar[bool] = True  # whether training gives the same again if the first time was not taken in
     uses_running: ClassVar[bool] = True  # whether the running statistics are for anything
 
+    rows_per_example: int = 1  # of an input, of those the model was given: 512 in a head over 512 regions an image
     dims: int = 0  # spatial dimensions an input must have; 0: the first one settles it
     alpha: float = 0.0  # the share of the example's own moments in evaluation
     options: dict[str, Any]
@@ -236,7 +237,7 @@ class NormLayer(SyncedLayer):
     def track_(
         self,
         now: Moments,
-        examples: int | Tensor,
+        examples: float | Tensor,
         ok: Tensor | bool | None = None,
         total: bool = False,
         momentum_batch: int | None = None,

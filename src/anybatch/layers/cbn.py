@@ -1,6 +1,7 @@
 """Cross-Iteration Batch Normalization (Yao, Cao, Zheng, Huang, Lin; CVPR 2021; arXiv 2002.05712).
 
-The norm after a linear map y = W p + b, at weights W_t, over a window of k batches, the current one included:
+The norm after a linear map y = W p + b, at weights W_t, over a window of k batches, the current one included; k is
+given, or N / n for a batch of n examples, so that it is always N examples that are pooled (``window_examples``):
 
     mu_tau(W_t), var_tau(W_t)   moments of past batches carried over to W_t
     mu_bar  = sum_tau s_tau mu_tau(W_t)
@@ -17,7 +18,7 @@ Backward (core/pooled.py): 'current', the paper's, holds the history constant. '
 carried moments into W, which makes it blind to the scale of W again: <dL/dW, W> = 0 up to eps, as BatchNorm has it. For
 the layers before, no history carries what later batches will take from this one, through the moments it is pooled into;
 it is estimated by gamma / sqrt(var_bar + eps) (1 - s) (-R1 - y_hat R2), with s the current batch's share and R1, R2 the
-averages of E[g], E[g y_hat] over ``average_reductions`` backwards.
+averages of E[g], E[g y_hat] over ``average_reductions`` backwards, or as many as N examples make.
 
 Deviations from the paper, each an option: exponential shares, sampled answers, expanding the deviation and not E[y^2],
 the gradient through the history, averaged reductions, shares by count (``pooling``), running statistics whose momentum
@@ -25,7 +26,7 @@ counts examples (``momentum_batch``) and whose variance is the total one.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_type_hints
 
 import torch
 from torch import Tensor
@@ -34,14 +35,13 @@ from torch.compiler import is_compiling
 from ..core.moments import Moments
 from ..core.pooled import Map, Pooled, Response, Rule, normalise_pooled
 from ..core.ranks import Whole, pool_ranks
-from ..errors import AnybatchError
 from ..kernels.choose import passes_for
 from .base import NormLayer
+from .cbn_options import check_cbn
 from .config import NormConfig
 from .exponential import Exponential
 from .feed import Feed
 from .history import History, HistoryLayer, Today, as_computed
-from .options import check_choice, check_flag, check_whole
 from .replay import first_run, once
 from .ring import Ring
 
@@ -55,7 +55,8 @@ class CrossIterationBatchNorm(HistoryLayer):
 
     Args:
         num_features: C.
-        window: k, batches pooled, the current one included; 1 is torch's BatchNorm in every respect.
+        window: k, batches pooled, the current one included; 1 is torch's BatchNorm in every respect. None: as many as
+            ``window_examples`` make, of a ring 8.
         eps: added to the variance, inside the square root.
         momentum: torch's, the weight of a new batch of ``momentum_batch`` examples; None for a cumulative average.
         affine: whether the layer has gamma and beta.
@@ -73,13 +74,15 @@ class CrossIterationBatchNorm(HistoryLayer):
         pooling: 'samples' or 'equal'.
         expansion: 'deviation' or 'second_moment' (the paper's), what is expanded to first order.
         average_reductions: backwards over which the two reductions for earlier layers are averaged; 0 leaves them the
-            current batch's own share.
+            current batch's own share. None: as many as ``window_examples`` make.
         momentum_batch: examples of a batch at which ``momentum`` is torch's; a smaller batch of n moves the running
             statistics by 1 - (1 - momentum)^(n / momentum_batch). None: every forward counts the same, as in torch.
         running: 'total' (running_var is the total population variance) or 'torch' (average of Bessel variances).
         burn_in_steps: training forwards normalised by their own batch alone, before the window is used.
         examples_per_group: a larger batch is taken as so many examples at a time, one entry of the history each, as if
             they came one after another without a step between; None: the batch is one entry.
+        window_examples: N, examples pooled where no ``window`` is given: a batch of n counts n / N. From N examples on
+            a batch stands alone, as in BatchNorm.
         alpha: the share of the example's own moments in evaluation, see :func:`anybatch.weigh_examples_`.
         sync: pool over the ranks of ``process_group`` too (an attribute; torch's default group), as if their batches
             were one. Each rank keeps its part of the history.
@@ -101,14 +104,14 @@ class CrossIterationBatchNorm(HistoryLayer):
     storage: str
     gradient: str
     pooling: str
-    average_reductions: int
+    window_examples: int
     burn_in_steps: int
     examples_per_group: int | None
 
     def __init__(
         self,
         num_features: int,
-        window: int = 8,
+        window: int | None = None,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
@@ -126,11 +129,12 @@ class CrossIterationBatchNorm(HistoryLayer):
         compensate: bool = True,
         pooling: Literal["samples", "equal"] = "samples",
         expansion: Literal["deviation", "second_moment"] = "deviation",
-        average_reductions: int = 128,
+        average_reductions: int | None = None,
         momentum_batch: int | None = 32,
         running: Literal["total", "torch"] = "total",
         burn_in_steps: int = 0,
         examples_per_group: int | None = None,
+        window_examples: int = 64,
         sync: bool = False,
     ) -> None:
         super().__init__(
@@ -151,33 +155,20 @@ class CrossIterationBatchNorm(HistoryLayer):
             running=running,
             burn_in_steps=burn_in_steps,
             examples_per_group=examples_per_group,
+            window_examples=window_examples,
             sync=sync,
         )
         self.second_moment = expansion == "second_moment"
+        self.window = window = 8 if window is None and kind == "ring" else window
         # A window of one batch is torch's BatchNorm, its momentum and running variance included.
-        self.momentum_batch = momentum_batch if window > 1 else None
+        self.momentum_batch = momentum_batch if window != 1 else None
         self.torch_running = running == "torch" or window == 1
 
     @classmethod
     def check_options(cls, **options: Any) -> None:
         """Refuse options out of range."""
         super().check_options(**options)
-        for name, hint in get_type_hints(CBN).items():
-            if get_origin(hint) is Literal:
-                check_choice("CBN", name, options[name], get_args(hint))
-        check_flag("CBN", "compensate", options["compensate"])
-        for name, least in {"window": 1, "refresh": 1, "average_reductions": 0, "burn_in_steps": 0}.items():
-            check_whole("CBN", name, options[name], least)
-        for name in ("positions", "momentum_batch", "examples_per_group"):
-            check_whole("CBN", name, options[name], none=True)
-        kind, window = options["kind"], options["window"]
-        if options["storage"] != "full" and (kind == "ring" or window > 256):
-            # A batch's share must be more than half a unit in the last place, or what is kept stands still.
-            raise AnybatchError(
-                f"CBN: storage='bfloat16' is for 'exponential', window to 256: {kind=}, {window=} take 'full'"
-            )
-        if options.get("sync") and options["examples_per_group"]:
-            raise AnybatchError("CBN: sync=True with examples_per_group, of which ranks may have unequal numbers")
+        check_cbn(get_type_hints(CBN), **options)
 
     def normalise(self, y: Tensor) -> Tensor:
         """By the pooled moments; the batch's own go into the history and the running statistics."""
@@ -207,7 +198,7 @@ class CrossIterationBatchNorm(HistoryLayer):
             found = self._first(y.detach(), own, now, whole, map, feed if self.compensates else None, history)
             self._replay.remember(now.mean, index, found)
         pooled, response = found
-        averages = self.averages(history) if self.average_reductions and response is not None else None
+        averages = None if response is None else self.averages(history, whole.examples)
         begins = None if is_compiling() else self._replay.backward_begins
         args = (now, pooled, map, response, averages, self.group, begins, passes)
         return normalise_pooled(y, weight, bias, self.eps, *args)
@@ -227,14 +218,20 @@ class CrossIterationBatchNorm(HistoryLayer):
         used = history.forwards >= self.burn_in_steps if self.burn_in_steps else None
         take = first_run(now.mean.new_ones((), dtype=torch.bool), repeatable=False) if is_compiling() else None
         today = Today(now, map.rows.detach().flatten(1), bias, whole.share, used, take)
-        pooled, response, ok, new = once(self._pool, history, today, history.observe(y, own, now, whole, feed))
+        share = self.share(whole.examples)
+        alone = not isinstance(share, Tensor) and share == 1  # nothing of the past counts
+        seen = history.observe(y, own, now, whole, None if alone else feed)
+        pooled, response, ok, new = once(self._pool, history, today, seen, 1 - share)
         history.push_(today, ok, new)
-        self.track_(now, whole.examples, ok, total=not self.torch_running, momentum_batch=self.momentum_batch)
+        examples = whole.examples / self.rows_per_example
+        self.track_(now, examples, ok, total=not self.torch_running, momentum_batch=self.momentum_batch)
         return pooled, response
 
     @torch.no_grad()
-    def _pool(self, history: History, today: Today, seen: Any) -> tuple[Pooled, Response | None, Tensor | bool, Any]:
-        rule = Rule(self.window, self.pooling == "samples", self.second_moment, self.gradient == "history", self.group)
+    def _pool(
+        self, history: History, today: Today, seen: Any, kept: Tensor | float
+    ) -> tuple[Pooled, Response | None, Tensor | bool, Any]:
+        rule = Rule(kept, self.pooling == "samples", self.second_moment, self.gradient == "history", self.group)
         pooled, response, ok, new = history.pool(today, seen, rule)
         size = today.now.size
         if (isinstance(size, Tensor) or size < 2) and self.running_mean is not None and self.running_var is not None:
@@ -249,6 +246,7 @@ class CrossIterationBatchNorm(HistoryLayer):
     def new_history(self, channels: int, groups: int, k: int, like: Tensor) -> History:
         """Of the layer's kind."""
         if self.kind == "ring":
+            assert self.window is not None
             return Ring(self.window, channels, groups, k, like)
         stored = None if self.storage == "full" else torch.bfloat16
         return Exponential(self.positions, self.refresh, stored, channels, groups, k, like)
@@ -260,12 +258,12 @@ class CBN(NormConfig):
 
     layer: ClassVar[type[NormLayer]] = CrossIterationBatchNorm
 
-    window: int = 8
+    window: int | None = None
     gradient: Literal["history", "current"] = "history"
     compensate: bool = True
     pooling: Literal["samples", "equal"] = "samples"
     expansion: Literal["deviation", "second_moment"] = "deviation"
-    average_reductions: int = 128
+    average_reductions: int | None = None
     momentum_batch: int | None = 32
     running: Literal["total", "torch"] = "total"
     burn_in_steps: int = 0
@@ -275,6 +273,7 @@ class CBN(NormConfig):
     positions: int | None = 16
     storage: Literal["full", "bfloat16"] = "full"
     refresh: int = 2
+    window_examples: int = 64
 
     @classmethod
     def paper(cls, window: int = 8, burn_in_steps: int = 0) -> "CBN":
@@ -294,4 +293,4 @@ class CBN(NormConfig):
     @property
     def needs_map(self) -> bool:
         """True where past moments are compensated."""
-        return self.compensate and self.window > 1
+        return self.compensate and self.window != 1

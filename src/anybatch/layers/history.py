@@ -18,6 +18,7 @@ from ..core.ranks import Whole
 from ..errors import AnybatchError
 from .feed import FedLayer, Feed
 from .replay import kept
+from .surroundings import Surroundings
 
 __all__ = ["History", "HistoryLayer", "Today", "as_computed"]
 
@@ -129,9 +130,10 @@ class History:
 class HistoryLayer(FedLayer):
     """A norm layer that remembers past batches, one history a followed map."""
 
-    window: int
+    window: int | None
+    window_examples: int
     compensate: bool
-    average_reductions: int
+    average_reductions: int | None
     loss_scale: Tensor | None = None  # of a gradient scaler, see anybatch.attach
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -142,7 +144,7 @@ class HistoryLayer(FedLayer):
     @property
     def compensates(self) -> bool:
         """Whether past moments are carried over to today's weights."""
-        return self.compensate and self.window > 1
+        return self.compensate and self.window != 1
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without history: it is training state, see :func:`anybatch.history_state_dict`."""
@@ -175,9 +177,30 @@ class HistoryLayer(FedLayer):
         """Note what the loss is multiplied by."""
         self.loss_scale = scale
 
-    def averages(self, history: History) -> Averages:
-        """What a backward moves, and by how much the loss is scaled."""
-        return Averages(history.reductions, history.backwards, self.average_reductions, self.loss_scale)
+    def meet(self, around: Surroundings) -> None:
+        """Follow the maps, and take note of how many rows of an input belong to one example."""
+        super().meet(around)
+        self.rows_per_example = around.rows
+
+    @property
+    def note(self) -> str:
+        """Where that is not one."""
+        return f"{self.rows_per_example} rows of its input count as one example" if self.rows_per_example > 1 else ""
+
+    def share(self, examples: int | Tensor) -> Tensor | float:
+        """What so many examples have of a full window, at most all of it."""
+        if self.window is not None:
+            return 1 / self.window
+        full = examples / (self.window_examples * self.rows_per_example)
+        return full.clamp_max(1) if isinstance(full, Tensor) else min(1.0, full)
+
+    def averages(self, history: History, examples: int | Tensor) -> Averages | None:
+        """What a backward of so many examples moves, and by how much the loss is scaled; None: nothing."""
+        over: Tensor | float | None = self.average_reductions
+        if over is None:
+            full = examples / (self.window_examples * self.rows_per_example)
+            over = full.clamp(1e-9, 1).reciprocal() if isinstance(full, Tensor) else max(1.0, 1 / full)
+        return Averages(history.reductions, history.backwards, over, self.loss_scale) if over else None
 
     def history_state(self) -> dict[str, Any]:
         """Copies of the histories' tensors, by the index of the followed map (-1: none)."""
