@@ -1,0 +1,133 @@
+"""Experiments on CBN itself: what would it gain if it knew more, or pooled otherwise?
+
+    python -m scripts.explore_cbn --list
+    python -m scripts.explore_cbn --seeds 6 --out docs/results/studies/explore.jsonl bn cbn window-32 known-reductions
+
+Protocol F6k, one image at a time; causal_cbn.py computes a step's micro-batches at once. Finished runs are kept in --out.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from scripts.causal_cbn import Way, make_causal_
+
+from anybatch.lab import machine, networks
+from anybatch.lab.classify import open_classify
+from anybatch.lab.config import ClassifyConfig
+from anybatch.lab.schedule import Order, Schedule
+from anybatch.lab.statistics import estimate
+from anybatch.reporting.files import write_atomically
+
+EXPERIMENTS: dict[str, tuple[str, Way | None]] = {
+    "bn": ("BatchNorm at 32 images", None),
+    "cbn": ("CBN: 64 examples, reductions over 64", Way()),
+    "window-16": ("16 examples, reductions over 32", Way(16, 32)),
+    "window-32": ("32 examples, reductions over 32", Way(32, 32)),
+    "window-64": ("64 examples, reductions over 32", Way(64, 32)),
+    "window-128": ("128 examples, reductions over 32", Way(128, 32)),
+    "before": ("8 examples, reductions over 128: the defaults before", Way(8, 128)),
+    "known-reductions": ("32 examples, reductions of the whole step, known beforehand", Way(32, 32, known=True)),
+    "known-statistics": ("moments of the whole step, known beforehand, reductions over 32", Way(0, 32)),
+    "left-out": ("the image itself left out of its moments", Way(own=False)),
+    "reductions-8": ("64 examples, reductions over 8", Way(64, 8)),
+}
+
+
+def run(name: str, seed: int, batch: int = 1, epochs: int = 3) -> dict[str, Any]:
+    """Train once, as `anybatch compare` does; the record of the run."""
+    torch.set_num_threads(1)
+    way = EXPERIMENTS[name][1]
+    config = ClassifyConfig(
+        method="bn", batch=32, seed=seed, data="fashion-mnist", train_images=6000, test_images=4000, epochs=epochs
+    )
+    task = open_classify(config)
+    torch.manual_seed(seed)
+    model = networks.build(config.network, len(task.dataset.classes), 1).train()
+    layers = [] if way is None else make_causal_(model, batch, way)
+    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+    schedule = Schedule.of(config, task.train_count, 1)
+    order = Order(seed, task.train_count, schedule.epoch)
+    for done in range(0, schedule.total, schedule.step):
+        images, labels = task.batch(order.after(done, schedule.step), done)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.lr(done)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        if not math.isfinite(loss.detach()):
+            return {"name": name, "seed": seed, "batch": batch, "accuracy": None}
+    biases = torch.tensor([layer.state.bias for layer in layers if layer.state.bias])
+    early, late = (biases[:, :20].mean().item(), biases[:, 90:].mean().item()) if len(biases) else (None, None)
+    return {
+        "name": name,
+        "seed": seed,
+        "batch": batch,
+        "epochs": epochs,
+        "accuracy": task.evaluate(model, "test").score,
+        "train_accuracy": task.evaluate(model, "train").score,
+        "log_variance_bias": {"steps 1-20": early, "from step 90": late},
+        "machine": machine.machine(),
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+    }
+
+
+def table(runs: list[dict[str, Any]]) -> Iterator[str]:
+    """Differences to BatchNorm at 32 images, paired by seed."""
+    by_name: dict[str, dict[int, dict[str, Any]]] = {}
+    for each in runs:
+        by_name.setdefault(each["name"], {})[each["seed"]] = each
+    yield "| | seeds | test accuracy, % | less BatchNorm's at 32 | training accuracy, less BatchNorm's |"
+    yield "|---|---|---|---|---|"
+    for name in [name for name in EXPERIMENTS if name in by_name]:
+        mine, reference = by_name[name], by_name.get("bn", {})
+        cells = []
+        for measure in ("accuracy", "train_accuracy"):
+            pairs = [(mine[s][measure], reference[s][measure]) for s in mine if s in reference]
+            found = estimate([a - b for a, b in pairs if a is not None and b is not None])
+            half = "" if found.half_width is None else f" ± {found.half_width:.2f}"
+            cells.append("" if name == "bn" else f"{found.mean:+.2f}{half}".replace("-", "\N{MINUS SIGN}"))
+        mean = estimate([r["accuracy"] for r in mine.values() if r["accuracy"] is not None]).mean
+        yield f"| {EXPERIMENTS[name][0]} | {len(mine)} | {mean:.1f} | {cells[0]} | {cells[1]} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="experiments; all by default")
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("results/explore.jsonl"))
+    parser.add_argument("--list", action="store_true")
+    asked = parser.parse_args()
+    if asked.list:
+        print("\n".join(f"{name:18} {what}" for name, (what, _) in EXPERIMENTS.items()))
+        return
+    if strange := [name for name in asked.names if name not in EXPERIMENTS]:
+        parser.error(f"there is no experiment {strange[0]!r}: choose from {', '.join(EXPERIMENTS)}")
+    lines = asked.out.read_text().splitlines() if asked.out.exists() else []
+    runs = [json.loads(line) for line in lines]
+    done = {(each["name"], each["seed"]) for each in runs}
+    todo = [(name, seed) for seed in range(asked.seeds) for name in asked.names or EXPERIMENTS]
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    with get_context("spawn").Pool(asked.jobs) as pool:
+        for found in pool.imap_unordered(_run, [each for each in todo if each not in done]):
+            runs.append(found)
+            write_atomically(asked.out, "".join(json.dumps(each) + "\n" for each in runs).encode())
+            print(found["name"], found["seed"], found["accuracy"], flush=True)
+    print("\n".join(table(runs)))
+
+
+def _run(asked: tuple[str, int]) -> dict[str, Any]:
+    return run(*asked)
+
+
+if __name__ == "__main__":
+    main()
