@@ -3,7 +3,7 @@
     python -m scripts.explore_cbn --list
     python -m scripts.explore_cbn --seeds 6 --out docs/results/studies/explore.jsonl bn cbn window-32 known-reductions
 
-Protocol F6k, one image at a time; causal_cbn.py computes a step's micro-batches at once. Finished runs are kept in --out.
+Protocol F6k, one image at a time; causal_cbn.py computes a step's micro-batches at once. Runs in --out are kept.
 """
 
 import argparse

@@ -123,35 +123,35 @@ def pooled(level: float, drift: Callable[[float], float], k: int, micro_batches:
 @pytest.mark.parametrize(
     ("level", "rate", "micro_batches", "window"),
     [
-        (0.4, 0.0, 1, 32),  # 0.141 at 8; 0.1 at 16; 0.071 at 32
-        (0.4, 0.02, 1, 8),  # 0.204 at 4, 0.163 at 8, 0.189 at 16
-        (0.4, 0.03, 1, 8),  # 0.209 at 4: not better than 0.75 of 0.185
-        (0.4, 0.1, 1, 4),  # 0.283 at 4; 0.424 at 8
-        (0.1, 0.0, 1, 32),
-        (0.4, 0.01, 4, 32),  # ages are of steps: 0.142 at 8, 0.071 + 0.04 at 32
-        (0.2, 0.1, 64, 32),
+        (0.4, 0.0, 1, 64),
+        (0.4, 0.01, 1, 64),  # two examples a batch: 0.107 at 64, 0.128 at 32: k is 32, 16
+        (0.4, 0.02, 1, 64),  # 0.175 at 64, 0.189 at 32, 0.163 at 16
+        (0.4, 0.1, 1, 16),  # 0.803 at 64 and 32, 0.424 at 16
+        (0.1, 0.03, 1, 16),  # 0.241, 0.241, 0.125
+        (0.4, 0.03, 4, 64),  # ages are of steps: 0.139, 0.117, 0.145
+        (0.2, 0.1, 64, 64),
     ],
 )
 def test_the_window(
     monkeypatch: pytest.MonkeyPatch, level: float, rate: float, micro_batches: int, window: int
 ) -> None:
-    """8, unless another one's statistics are off by less than three quarters of its; by hand for a drift that grows
-    by ``rate`` a step."""
+    """64 examples, unless fewer's statistics are off by less than three quarters of theirs; by hand for a drift that
+    grows by ``rate`` a step."""
     experience(monkeypatch, cbn=9)
     advice = recommend(noise(b2=level), history(*(rate * age for age in range(1, 9))), 2, micro_batches)
-    errors = {k: pooled(level, lambda age: rate * min(age, 8), k, micro_batches) for k in (4, 8, 16, 32)}
+    errors = {k: pooled(level, lambda age: rate * min(age, 8), k, micro_batches) for k in (8, 16, 32)}
     best = min(errors, key=errors.get)
-    assert window == (best if errors[best] < 0.75 * errors[8] else 8)
-    assert advice.method == f"cbn(window={window})"
-    assert advice.noise == pytest.approx({"batch": level, "pooled": errors[window], "batch 32": 0.05})
-    assert f"pooled as advised by {100 * errors[window]:.0f} %" in str(advice)
+    assert window == 2 * (best if errors[best] < 0.75 * errors[32] else 32)
+    assert advice.method == ("cbn" if window == 64 else f"cbn(window_examples={window})")
+    assert advice.noise == pytest.approx({"batch": level, "pooled": errors[window // 2], "batch 32": 0.05})
+    assert f"pooled as advised by {100 * errors[window // 2]:.0f} %" in str(advice)
 
 
 def test_the_drift_of_a_window_between_two_ages() -> None:
     """Its mean age is 4 / 3 steps here: a third of the way from the drift after one step to that after two."""
-    advice = recommend(noise(), history(0.01, 0.04, 9.0), 1, micro_batches=3)
-    assert advice.method == "cbn(window=8)"
-    assert advice.noise["pooled"] == pytest.approx(math.hypot(0.4 / math.sqrt(8), 0.02))
+    advice = recommend(noise(), history(0.01, 0.04, 9.0), 1, micro_batches=24)
+    assert advice.method == "cbn"
+    assert advice.noise["pooled"] == pytest.approx(math.hypot(0.4 / math.sqrt(64), 0.02))
 
 
 Case = tuple[str, dict[str, Any]]

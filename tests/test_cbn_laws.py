@@ -170,20 +170,37 @@ def test_an_empty_batch_passes_and_pushes_nothing(way: str) -> None:
 
 @every_way
 def test_one_value_per_channel_is_normalised_by_what_is_known(way: str) -> None:
-    """By the running statistics while there is no history, then by the pooled ones; never an error."""
+    """By the running statistics while fewer than the window or 16 are pooled, then by these; never an error."""
     norm = CrossIterationBatchNorm(3, kind=way, window=4, dtype=D, compensate=False)
     with torch.no_grad():
         norm.running_mean.fill_(2.0), norm.running_var.fill_(4.0)
-    first = torch.randn(1, 3, dtype=D).requires_grad_()
-    out = norm(first)
-    torch.testing.assert_close(out, (first - 2) / (4 + norm.eps) ** 0.5, **ORACLE)
-    cotangent = torch.randn_like(out)
-    (grad,) = torch.autograd.grad(out, first, cotangent)
-    torch.testing.assert_close(grad, cotangent / (4 + norm.eps) ** 0.5, **ORACLE)
-    second = torch.randn(1, 3, dtype=D)
-    both = oracle.weighted_moments([first.detach(), second], [1 if way == "ring" else 3 / 4, 1])
-    expected = oracle.normalise(second, *both, norm.weight, norm.bias, norm.eps)
-    torch.testing.assert_close(norm(second), expected, **ORACLE)
+    ys: list[Tensor] = []
+    for count in range(1, 10):
+        y = torch.randn(1, 3, dtype=D).requires_grad_()
+        known = norm.running_mean.clone(), norm.running_var.clone()
+        out = norm(y)
+        cotangent = torch.randn_like(out)
+        (grad,) = torch.autograd.grad(out, y, cotangent)
+        ys.append(y.detach())
+        weights = [float(age < 4) if way == "ring" else 0.75**age for age in range(count)][::-1]
+        enough = 1 / sum(weights) <= 1.25 / 4
+        assert enough == (count >= (4 if way == "ring" else 6))
+        mean, var = oracle.weighted_moments(ys, weights) if enough else known
+        torch.testing.assert_close(out, oracle.normalise(y, mean, var, norm.weight, norm.bias, norm.eps), **ORACLE)
+        if not enough:  # by constants: nothing of the batch's mean is taken back
+            torch.testing.assert_close(grad, cotangent / (var + norm.eps).sqrt(), **ORACLE)
+
+
+def test_single_values_in_many_norms_in_a_row_do_not_explode() -> None:
+    """Two values that happen to be close are no variance: forty norms in a row made a gradient of 1e8 of it."""
+    torch.manual_seed(0)
+    maps = [nn.Linear(32, 32) for _ in range(40)]
+    model = nn.Sequential(*(nn.Sequential(m, nn.BatchNorm1d(32), nn.ReLU()) for m in maps))
+    ab.convert_(model, ab.CBN(), example_inputs=torch.randn(2, 32))
+    for _ in range(6):
+        x = torch.randn(1, 32, requires_grad=True)
+        (grad,) = torch.autograd.grad(model(x).square().sum(), x)
+        assert grad.norm() < 1e2
 
 
 @every_way

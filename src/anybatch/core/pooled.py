@@ -209,12 +209,14 @@ class _NormalisePooled(torch.autograd.Function):
         down, apart = torch.stack([a, a * inverse]).neg_(), now_mean - mean
         of_mean, of_var = (sums * down).unbind()  # dL/dmean, 2 dL/dvar
         means = sums / m
+        live: Tensor | float = 1.0
+        if not isinstance(m, int) or m < 2:  # it may be normalised by constants, and nothing but a g flows
+            live = share.sign() if isinstance(share, Tensor) else float(share > 0)
+            of_mean, of_var = of_mean * live, of_var * live
         through = means * share  # E[g] and E[g y_hat] that y is answerable for: its share of its own,
         if over is not None:
             averages = Averages(ctx.reductions, ctx.backwards, over, ctx.loss_scale)
-            later = average_(averages, means, inverse) * (1 - share)
-            if not isinstance(m, int) or m < 2:  # it may be normalised by constants, and nothing but a g flows
-                later = later * (share.sign() if isinstance(share, Tensor) else float(share > 0))
+            later = average_(averages, means, inverse) * (1 - share) * live
             through = through + later  # and the rest of the average
             back_mean, back_var = (later * down).mul_(-m).unbind()
             back_mean = torch.addcmul(back_mean, back_var, apart)

@@ -5,8 +5,8 @@
 Noise is :attr:`BatchNoise.noise` at the batch size that is asked about; our runs (assets/experience.json, made of
 docs/results/f6k by scripts/make_experience.py) have each method at four noises, between which the logarithm of the
 noise is interpolated, and beyond which it is not extrapolated. Of the methods within a point of the best the
-simplest is advised. CBN's window k is 8, unless another one of 4, 16 and 32 makes the statistics pooled over it much
-better:
+simplest is advised. CBN's window is 64 examples, k = 64 / b batches, unless 32 or 16, of a network that moves on fast,
+make the statistics pooled over them much better:
 
     error(k)^2 = noise(b)^2 / k + drift(k / 2)^2        drift: history_error's, of carried against recomputed moments
 
@@ -37,8 +37,8 @@ __all__ = ["Advice", "Candidate", "about", "advise", "recommend"]
 
 _CLOSE = 1.0  # points within which the simpler method is advised: three seeds tell no less apart
 _SIMPLEST_FIRST = ("bn", "accumulated", "renorm", "cbn", "gn", "proxynorm-group")
-_WINDOW = 8
-_WINDOWS = (4, 8, 16, 32)
+_WINDOW = 64  # examples, CBN's default
+_WINDOWS = (16, 32, 64)
 _MUCH = 0.75  # of the error at the usual window: less is worth another one
 _GROUPS = 32  # torch's users' habit; fewer where channels are few
 
@@ -48,7 +48,7 @@ class Candidate:
     """A method and its forecast.
 
     Attributes:
-        method: as typed: "cbn(window=8)".
+        method: as typed: "cbn(window_examples=32)".
         points: forecast against BatchNorm at batch 32.
         folds: whether it folds into the convolution before it at inference.
     """
@@ -215,7 +215,7 @@ def recommend(
     level = noise.noise_at(batch)
     window, pooled = _window(noise, history, batch, micro_batches)
     typed = {
-        "cbn": f"cbn(window={window})",
+        "cbn": "cbn" if window == _WINDOW else f"cbn(window_examples={window})",
         "gn": f"gn(groups={_groups(channels)})",
         "proxynorm-group": f"proxynorm-group(groups={_groups(channels)})",
     }
@@ -239,10 +239,11 @@ def recommend(
 
 
 def _window(noise: BatchNoise, history: HistoryError | None, batch: int, micro_batches: int) -> tuple[int, float]:
-    """CBN's window, and the error of the statistics pooled over it."""
+    """CBN's window in examples, and the error of the statistics pooled over it."""
     drift = [0.0, *(history.drift().tolist() if history is not None else [])]
 
-    def error(k: int) -> float:
+    def error(examples: int) -> float:
+        k = max(1.0, examples / batch)
         age = min(k / 2 / micro_batches, len(drift) - 1)  # the mean age of the window, in steps
         low = int(age)
         gone = drift[low] + (drift[min(low + 1, len(drift) - 1)] - drift[low]) * (age - low)

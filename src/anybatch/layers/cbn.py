@@ -47,6 +47,8 @@ from .ring import Ring
 
 __all__ = ["CBN", "CrossIterationBatchNorm"]
 
+ENOUGH = 16  # values to pool that come one a batch, or as many as the window has
+
 
 class CrossIterationBatchNorm(HistoryLayer):
     """Normalises (N, C, *) per channel by moments pooled over the last ``window`` batches, carried to today's weights.
@@ -235,10 +237,11 @@ class CrossIterationBatchNorm(HistoryLayer):
         pooled, response, ok, new = history.pool(today, seen, rule)
         size = today.now.size
         if (isinstance(size, Tensor) or size < 2) and self.running_mean is not None and self.running_var is not None:
-            # One value has no variance of its own: without history it is normalised by the running statistics.
-            alone = torch.as_tensor((pooled.share == 1) & (size < 2))
-            mean, var = torch.where(alone, torch.stack([self.running_mean, self.running_var]), torch.stack(pooled[:2]))
-            pooled = Pooled(mean, var, pooled.share * (~alone).to(mean.dtype))
+            # One value has no variance, and that of a few says little: the running statistics until there are enough.
+            share, full = torch.as_tensor(pooled.share), torch.as_tensor(1 - kept)
+            few = ((share > (1.25 * full).clamp_min(1 / ENOUGH)) | (share == 1)) & (size < 2)
+            mean, var = torch.where(few, torch.stack([self.running_mean, self.running_var]), torch.stack(pooled[:2]))
+            pooled = Pooled(mean, var, pooled.share * (~few).to(mean.dtype))
         if is_compiling():
             pooled, response = as_computed(pooled, response)
         return pooled, response, ok, new
