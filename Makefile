@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test soak lint docs docs-serve package clean
 
 demo: .venv/ready
 	$(BIN)/anybatch compare --quick --out results/demo
@@ -19,6 +19,19 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, into site/; a broken link is an error. docs-serve shows it while one writes: http://localhost:8000.
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+# The wheel and the sdist, and whether they serve a stranger: a fresh environment, minutes to install.
+package: .venv/ready
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m scripts.check_package dist
+
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "anybatch needs Python 3.11 or newer; give one: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	$(PYTHON) -m venv .venv
@@ -26,4 +39,4 @@ lint: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import anybatch as ab
 from anybatch.nn import CrossIterationBatchNorm

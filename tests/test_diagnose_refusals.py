@@ -84,7 +84,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "odd batches": (lambda: of(loader=[{"image": 1}]).regrouped(2), "cannot be made of the loader's"),
     "size 0": (lambda: of().regrouped(0), "batches of 0"),
     "targets of other lengths": (lambda: of(loader=[(torch.zeros(4, 3), torch.zeros(8))]).regrouped(2), "batches of 2"),
-    "parts": (lambda: of(forward=by_parts).converted(ab.CBN()), "did not call the model itself, only parts"),
+    "parts": (lambda: of(forward=by_parts).converted(ab.CBN()), "only parts of it; call model"),
     # of a measurement
     "a constant": (lambda: measured("step_size", of(loss=lambda z, t: t.sum() * 1.0)), "depend on any parameter"),
     "no such layer": (lambda: EVERY["weight_gradients"][0].measure(of(), "7"), "no linear map '7'; there are 0, 3, 8"),
@@ -103,8 +103,14 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "two outputs": (
         lambda: measured("gradient_noise", of(forward=lambda m, b: (m(b[0]), 0), loss=lambda z, t: ce(z[0], t))),
-        "one output tensor, not a tuple",
+        "one output tensor, not a tuple; give forward=",
     ),
+    "a batch of one": (
+        lambda: measured("gradient_noise", of(loader=batches(1, 1))),
+        "of 4 examples in a batch of 1; give two or more",
+    ),
+    "no sizes": (lambda: EVERY["batch_noise"][0].measure(of(), sizes=()), r"sizes=\(\); give numbers of examples"),
+    "sizes of none": (lambda: EVERY["batch_noise"][0].measure(of(), sizes=(2, 0)), r"\(2, 0\); give numbers"),
     "few examples of a population": (lambda: measured("batch_noise", of(loader=batches(1, 7))), "7 examples say too"),
     "steps that diverge": (
         lambda: EVERY["history_error"][0].measure(of(), rate=1e200, ages=2),

@@ -30,6 +30,14 @@ def test_public_names_are_a_decision() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ab.METHODS)
+def test_config_and_layer_are_public(name: str) -> None:
+    config = ab.METHODS[name].config
+    assert getattr(ab, type(config).__name__) is type(config)
+    layer = type(ab.METHODS[name].small.build(nn.BatchNorm2d(8)))
+    assert layer.__module__.startswith("torch.nn.") or getattr(ab.nn, layer.__name__) is layer
+
+
 @pytest.mark.parametrize("name", [name for name, row in ab.METHODS.items() if hasattr(row.config, "layer")])
 def test_config_and_layer_have_the_same_defaults(name: str) -> None:
     """For every option that they share; a config may have some for the converter besides."""

@@ -67,7 +67,9 @@ def test_a_rank_that_fails(function, said: str) -> None:
 
 
 def test_torchrun_runs_a_script() -> None:
-    script = "import os, sys\nprint(os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], *sys.argv[1:])\n"
+    # One write a rank, so that their lines do not mix.
+    line = "' '.join([os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], *sys.argv[1:]]) + '\\n'"
+    script = f"import os, sys\nos.write(1, ({line}).encode())\n"
     assert sorted(torchrun(2, script, "yes").split("\n"))[1:] == ["0 of 2 yes", "1 of 2 yes"]
     with pytest.raises(AssertionError, match="no such thing"):
         torchrun(2, "import sys\nsys.exit('no such thing')\n")

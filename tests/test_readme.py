@@ -2,14 +2,18 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
-# Of docs/hosts see test_hosts.py.
-PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if p.parent.name != "hosts")]
+# Of docs/hosts see test_hosts.py, of docs/extend.md test_extend.py.
+PAGES = [
+    ROOT / "README.md",
+    *sorted(p for p in (ROOT / "docs").rglob("*.md") if p.parent.name != "hosts" and p.stem != "extend"),
+]
 BLOCKS = [
     pytest.param(
         block,
@@ -25,23 +29,26 @@ BLOCKS = [
 def test_code_runs(
     code: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With what a reader brings along: a model, images, a loader, a loss, an optimizer."""
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
+    exec(compile(code, "page", "exec"), company(tmp_path / "state.pt"))
+    printed = capsys.readouterr().out
+    assert bool(printed) == ("print(" in code)
+    assert "converted" in printed or "print(" not in code or "convert_" not in code
+
+
+def company(path: Path | None = None) -> dict[str, Any]:
+    """What a reader brings along: a model, images, a loader, a loss, an optimizer; ``path``, to save to."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
     loader = [(torch.randn(2, 3, 8, 8), torch.randint(5, (2,))) for _ in range(5)]
-    names = {
+    return {
         "model": model,
         "images": loader[0][0],
         "loader": loader,
         "loss_function": nn.CrossEntropyLoss(),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
-        "path": tmp_path / "state.pt",
+        "path": path,
     }
-    exec(compile(code, "page", "exec"), names)
-    printed = capsys.readouterr().out
-    assert bool(printed) == ("print(" in code)
-    assert "converted" in printed or "print(" not in code or "convert_" not in code
 
 
 def test_there_is_code_to_run() -> None:

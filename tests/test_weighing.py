@@ -177,7 +177,8 @@ def test_tuning_restores_the_model_on_an_error() -> None:
     ("loader", "candidates", "said"),
     [
         ([], [0.5], "no example"),
-        ([(torch.randn(2, 3, 16, 16),)], [0.5], r"not \(inputs, labels\)"),
+        ([(torch.randn(2, 3, 16, 16),)], [0.5], r"a batch is a tuple, not \(inputs, labels\)"),
+        ([(torch.randn(2, 3, 16, 16), [{"boxes": 1}])], [0.5], r"not \(inputs, labels\), both tensors"),
         ([], [], "no candidates"),
         (torch.randn(2, 3, 16, 16), [0.5], "a Tensor"),
     ],

@@ -15,6 +15,8 @@ __all__ = ["Configuration", "configurations", "factors", "refusal"]
 
 # Besides every row of the table as it is.
 VARIANTS = (
+    "cbn",
+    "cbn(window_examples=4)",
     "cbn(window=1)",
     "cbn(window=2)",
     "cbn(window=3, average_reductions=2)",

@@ -10,9 +10,11 @@ if missing := [
     raise SystemExit(2)
 
 from anybatch.cli import detect as detect
+from anybatch.cli import environment as environment
 from anybatch.cli import export as export
 from anybatch.cli import measure as measure
 from anybatch.cli import segment as segment
+from anybatch.cli import study as study
 from anybatch.cli import train as train
 from anybatch.cli.app import app as app
 

@@ -28,7 +28,7 @@ Data = Annotated[
 TrainImages = Annotated[int | None, typer.Option(help="Train on only the first so many.", show_default="all")]
 TestImages = Annotated[int | None, typer.Option(help="Test on only the first so many.", show_default="all")]
 ImageSize = Annotated[int, typer.Option(help="Pixels a side that the images of a folder are resized to.")]
-Network = Annotated[str, typer.Option(help="'small-resnet', 'deep-resnet' or 'resnet18'.")]
+Network = Annotated[str, typer.Option(help="'small-resnet', 'wide-resnet', 'deep-resnet' or 'resnet18'.")]
 LearningRate = Annotated[float, typer.Option(help="For a gradient batch of 32; falls to 0 along a cosine.")]
 GradientMode = Annotated[
     Mode,

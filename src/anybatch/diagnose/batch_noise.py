@@ -80,8 +80,8 @@ def measure(subject: Subject, sizes: Sequence[int] = SIZES) -> BatchNoise:
     Raises:
         AnybatchError: the model has no BatchNorm, or there are too few examples.
     """
-    if min(sizes) < 1:
-        raise AnybatchError(f"diagnose: sizes={tuple(sizes)}; batches have at least one example")
+    if not sizes or min(sizes) < 1:
+        raise AnybatchError(f"diagnose: sizes={tuple(sizes)}; give numbers of examples, each at least 1")
     model = subject.copy()
     norms = norms_of(model)
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -98,7 +98,7 @@ def measure(subject: Subject, sizes: Sequence[int] = SIZES) -> BatchNoise:
             subject.output(model, batch)
     names = tuple(name for name in norms if name in seen)
     if not names:
-        raise AnybatchError("diagnose: the batches reached no BatchNorm")
+        raise AnybatchError("diagnose: the batches reached no BatchNorm; give a forward that calls one")
     examples = {name: [torch.cat(part) for part in zip(*seen[name], strict=True)] for name in names}
     rows = [_errors(examples[name][0], examples[name][1], sizes) for name in names]
     effective, mean_error, var_error = (torch.stack(column) for column in zip(*rows, strict=True))

@@ -84,7 +84,7 @@ def measure(subject: Subject, batch: int = 0) -> Cancellation:
     subject.backward(loss, [p for p in model.parameters() if p.requires_grad])
     names = tuple(name for name in maps if name in terms)
     if not names:
-        raise AnybatchError("diagnose: no gradient reaches the output of a linear map")
+        raise AnybatchError("diagnose: no gradient reaches the output of a linear map; check requires_grad")
     a = torch.stack([terms[name].mean().cpu() for name in names])
     b = torch.stack([sums[name].abs().mean().cpu() for name in names])
     return Cancellation(names, a, b)

@@ -66,7 +66,9 @@ def measure(subject: Subject, batch: int = 0) -> Depth:
     with torch.no_grad(), watching(maps_of(model), see):
         subject.output(model, subject.batch(batch))
     if not found:
-        raise AnybatchError("diagnose: no linear map ran as a module and put out more than one value a channel")
+        raise AnybatchError(
+            "diagnose: no linear map ran as a module and put out more than one value a channel; give larger batches"
+        )
     means, variances = (torch.stack(values) for values in zip(*found, strict=True))
     return Depth(tuple(names), means, variances)
 

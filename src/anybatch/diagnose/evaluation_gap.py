@@ -157,7 +157,7 @@ def _both_modes(subject: Subject) -> tuple[tuple[str, ...], list[Tensor], dict[s
             module._buffers[key] = buffer.copy_(kept)
     names = tuple(name for name in norms if name in seen)
     if not names:
-        raise AnybatchError("diagnose: no BatchNorm ran in both modes, so there is nothing to compare")
+        raise AnybatchError("diagnose: no BatchNorm ran in both modes, to compare them; give a forward that calls one")
     return names, [torch.stack(seen[name]) for name in names], results
 
 

@@ -66,10 +66,15 @@ def measure(subject: Subject, batch: int = 0, examples: int = EXAMPLES) -> Gradi
     output, target = subject.output(model, taken), target_of(taken)
     if not isinstance(output, Tensor) or not output.dim():
         what = "tensor without examples" if isinstance(output, Tensor) else type(output).__name__
-        raise AnybatchError(f"diagnose: the noise of gradients needs one output tensor, not a {what}")
+        raise AnybatchError(
+            f"diagnose: the noise of gradients needs one output tensor, not a {what}; give "
+            "forward=lambda model, batch: ... that picks it"
+        )
     count = min(len(output), examples)
     if count < 2:
-        raise AnybatchError("diagnose: the noise of gradients needs a batch of at least two examples")
+        raise AnybatchError(
+            f"diagnose: the noise of gradients of {examples} examples in a batch of {len(output)}; give two or more"
+        )
     losses = [subject.judge(output[i : i + 1], _example(target, i)) for i in range(count)]
     mean = subject.backward(torch.stack(losses).mean(), parameters, again=True)
     distances = []

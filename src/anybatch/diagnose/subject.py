@@ -164,7 +164,7 @@ class Subject:
         with torch.no_grad():
             self.output(model, self.batches[0])
         if not calls:
-            raise AnybatchError(f"{CALL}: the forward did not call the model itself, only parts of it")
+            raise AnybatchError(f"{CALL}: the forward did not call the model itself, only parts of it; call model(...)")
         args, kwargs = calls[0]
         return args, kwargs
 
@@ -208,7 +208,9 @@ class Subject:
         """The parameters that are trained."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:
-            raise AnybatchError(f"{CALL}: the loss does not depend on any parameter that is trained; there is none")
+            raise AnybatchError(
+                f"{CALL}: the loss does not depend on any parameter that is trained, there is none; set requires_grad"
+            )
         return parameters
 
     def backward(self, loss: Tensor, of: Sequence[Tensor], again: bool = False) -> list[Tensor]:

@@ -71,7 +71,7 @@ def measure(subject: Subject, layer: str | None = None, batch: int = 0, bins: in
     centred = g - now.mean
     limit = float(g.abs().max())
     if not limit < torch.inf:
-        raise AnybatchError(f"diagnose: the gradient of '{name}' is not finite on this batch")
+        raise AnybatchError(f"diagnose: the gradient of '{name}' is not finite on batch {batch}; choose another")
     counts = torch.histc(g, bins, -limit, limit) if limit else torch.zeros(bins, dtype=torch.float64)
     edges = torch.linspace(-limit, limit, bins + 1, dtype=torch.float64)
     kurtosis = float(centred.pow(4).mean() / now.var.square()) if limit else float("nan")

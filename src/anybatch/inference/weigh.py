@@ -104,7 +104,7 @@ def tune_example_weight(
                 _weigh(model, names, alpha)
                 totals[alpha] += count * float((score or _accuracy)(model, batch))
     if not examples:
-        raise AnybatchError("tune_example_weight: the loader gave no example")
+        raise AnybatchError("tune_example_weight: the loader gave no example; check it, or give a list of batches")
     scores = {alpha: total / examples for alpha, total in totals.items()}
     if bad := [alpha for alpha, mean in scores.items() if not math.isfinite(mean)]:
         raise AnybatchError(
@@ -155,14 +155,16 @@ def _weighing(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _accuracy(model: nn.Module, batch: Any) -> float:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         raise AnybatchError(
-            "tune_example_weight: a batch is not (inputs, labels); say how to score it: score=lambda model, batch: ..."
+            f"tune_example_weight: a batch is a {type(batch).__name__}, not (inputs, labels), both tensors; "
+            "say how to score it: score=lambda model, batch: ..."
         )
     outputs, labels = run_on("tune_example_weight", model, batch), batch[1]
-    if not isinstance(outputs, Tensor) or outputs.argmax(1).shape != labels.shape:
+    if not isinstance(outputs, Tensor) or outputs.dim() < 2 or outputs.argmax(1).shape != labels.shape:
+        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise AnybatchError(
-            "tune_example_weight: the model's outputs are no scores of classes for these labels; say how to score a "
-            "batch: score=lambda model, batch: ..."
+            f"tune_example_weight: the model's outputs ({shape}) are no scores of classes for labels of shape "
+            f"{tuple(labels.shape)}; say how to score a batch: score=lambda model, batch: ..."
         )
     return float((outputs.argmax(1) == labels).double().mean())

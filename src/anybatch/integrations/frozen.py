@@ -44,7 +44,9 @@ def thaw_(model: nn.Module, where: Where = None) -> tuple[str, ...]:
     if not found:
         raise AnybatchError("thaw_: the model has no frozen BatchNorm")
     if "" in found:
-        raise AnybatchError("thaw_: the model itself is a frozen BatchNorm, which cannot be replaced in place")
+        raise AnybatchError(
+            "thaw_: the model itself is a frozen BatchNorm, which cannot be replaced in place; wrap it in nn.Sequential"
+        )
     chosen = {name: module for name, module in found.items() if matches(where, name, module)}
     if not chosen:
         shown = ", ".join(list(found)[:5])

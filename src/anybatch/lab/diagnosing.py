@@ -116,7 +116,9 @@ def imported(path: str) -> Callable[[], nn.Module]:
     try:
         found = getattr(importlib.import_module(name), function)
     except (ImportError, AttributeError) as error:
-        raise AnybatchError(f"--model {path}: {error}") from error
+        raise AnybatchError(
+            f"--model {path}: {error}; name a module that can be imported here, and a function in it"
+        ) from error
     except Exception as error:
         raise AnybatchError(f"--model {path}: its module raised {type(error).__name__}: {error}") from error
     if not callable(found):

@@ -11,7 +11,7 @@ import torch
 
 from anybatch.errors import AnybatchError
 
-__all__ = ["anybatch_version", "check_device", "commit", "machine", "versions"]
+__all__ = ["anybatch_version", "check_device", "commit", "is_source_of", "machine", "versions"]
 
 
 def anybatch_version() -> str:
@@ -53,6 +53,13 @@ def commit() -> str | None:
     if _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
     return _git(folder, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12")
+
+
+@cache
+def is_source_of(commit: str) -> bool:
+    """Whether this package, edits included, is as it was at `commit`; False where that cannot be known."""
+    folder = Path(__file__).parents[1]
+    return _git(folder, "diff", "--quiet", commit, "--", str(folder)) is not None
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from anybatch.errors import AnybatchError
+from anybatch.lab.bug_report import in_one_line, out_of_memory
 from anybatch.lab.config import TrainConfig
 from anybatch.lab.interruption import Interruption
 from anybatch.lab.pictures import save
@@ -172,4 +173,4 @@ def _run(config: TrainConfig, connection: Connection, pictures: Path | None) -> 
     except AnybatchError as error:
         return Failed(config, str(error))
     except Exception as error:  # whatever a run meets, the others go on
-        return Failed(config, f"{type(error).__name__}: {error}")
+        return Failed(config, out_of_memory(error) or in_one_line(error))

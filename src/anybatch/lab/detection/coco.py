@@ -80,7 +80,7 @@ def _document(path: Path, content: bytes) -> Entry:
     except (ValueError, RecursionError) as error:  # no UTF-8, a number of thousands of digits, or brackets without end
         raise AnybatchError(f"{path} is not valid JSON ({error}): mend or download it again") from error
     if not isinstance(document, dict):
-        raise AnybatchError(f"{path} holds a {type(document).__name__}, not a COCO object with images and annotations")
+        raise AnybatchError(f"{path} holds a {type(document).__name__}, not a COCO object: give another file")
     for key in ("images", "annotations", "categories"):
         if not isinstance(document.get(key), list):
             there = "no" if key not in document else f"{short(document[key])} and no list as"

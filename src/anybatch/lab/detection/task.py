@@ -45,7 +45,10 @@ class Detect(Task[DetectConfig]):
     def __init__(self, config: DetectConfig, train: Annotations, test: Annotations, weights: tuple[State, str]) -> None:
         self.config, self.train, self.test, self.weights = config, train, test, weights
         if config.detector == "mask-rcnn" and not (train.has_masks and test.has_masks):
-            raise AnybatchError("mask-rcnn needs a segmentation of every object: add them, or take faster-rcnn")
+            lacking = (test if train.has_masks else train).path
+            raise AnybatchError(
+                f"mask-rcnn needs a segmentation of every object, {lacking} has not: add them, or take faster-rcnn"
+            )
         if train.category_ids != test.category_ids:
             raise AnybatchError(
                 f"the categories of {train.path} and {test.path} differ: give both the same ids and names"
@@ -217,7 +220,9 @@ def _load(body: nn.Module, state: State, config: DetectConfig) -> None:
     except RuntimeError as error:
         lines = str(error).splitlines()
         reason = lines[min(1, len(lines) - 1)].strip()[:300]
-        raise AnybatchError(f"weights '{config.weights}' do not fit {config.network}: {reason}") from error
+        raise AnybatchError(
+            f"weights '{config.weights}' do not fit {config.network}: {reason}: give its own, or none"
+        ) from error
 
 
 def _mirrored(image: Tensor, target: Target) -> tuple[Tensor, Target]:
