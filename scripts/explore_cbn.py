@@ -1,7 +1,7 @@
 """Experiments on CBN itself: what would it gain if it knew more, or pooled otherwise?
 
     python -m scripts.explore_cbn --list
-    python -m scripts.explore_cbn --seeds 6 --out docs/results/studies/explore.jsonl bn cbn window-32 known-reductions
+    python -m scripts.explore_cbn --seeds 6 --out docs/results/explore/runs.jsonl bn cbn window-32 known-reductions
 
 Protocol F6k, one image at a time; causal_cbn.py computes a step's micro-batches at once. Runs in --out are kept.
 """
@@ -63,7 +63,7 @@ def run(name: str, seed: int, batch: int = 1, epochs: int = 3) -> dict[str, Any]
         loss.backward()
         optimizer.step()
         if not math.isfinite(loss.detach()):
-            return {"name": name, "seed": seed, "batch": batch, "accuracy": None}
+            return {"name": name, "seed": seed, "batch": batch, "epochs": epochs, "accuracy": None}
     biases = torch.tensor([layer.state.bias for layer in layers if layer.state.bias])
     early, late = (biases[:, :20].mean().item(), biases[:, 90:].mean().item()) if len(biases) else (None, None)
     return {
@@ -91,12 +91,14 @@ def table(runs: list[dict[str, Any]]) -> Iterator[str]:
         mine, reference = by_name[name], by_name.get("bn", {})
         cells = []
         for measure in ("accuracy", "train_accuracy"):
-            pairs = [(mine[s][measure], reference[s][measure]) for s in mine if s in reference]
+            pairs = [(mine[s].get(measure), reference[s].get(measure)) for s in mine if s in reference]
             found = estimate([a - b for a, b in pairs if a is not None and b is not None])
             half = "" if found.half_width is None else f" ± {found.half_width:.2f}"
             cells.append("" if name == "bn" else f"{found.mean:+.2f}{half}".replace("-", "\N{MINUS SIGN}"))
-        mean = estimate([r["accuracy"] for r in mine.values() if r["accuracy"] is not None]).mean
-        yield f"| {EXPERIMENTS[name][0]} | {len(mine)} | {mean:.1f} | {cells[0]} | {cells[1]} |"
+        accuracies = [each["accuracy"] for each in mine.values() if each["accuracy"] is not None]
+        gone = f", {len(mine) - len(accuracies)} diverged" if len(accuracies) < len(mine) else ""
+        mean = estimate(accuracies).mean
+        yield f"| {EXPERIMENTS[name][0]} | {len(mine)}{gone} | {mean:.1f} | {cells[0]} | {cells[1]} |"
 
 
 def main() -> None:

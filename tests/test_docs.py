@@ -163,10 +163,9 @@ def test_recipes_and_studies_are_read(block: Block, tmp_path: Path) -> None:
 
 
 METHOD_PAGES = {page.stem for page in (ROOT / "docs" / "methods").glob("*.md")} - {"README"}
-NOT_YET = {"cbn": pytest.mark.xfail(strict=True, reason="cost and when not stand in its text, without headings")}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=NOT_YET.get(name, ())) for name in sorted(METHOD_PAGES)])
+@pytest.mark.parametrize("name", sorted(METHOD_PAGES))
 def test_a_methods_page_has_all_of_it(name: str) -> None:
     text = (ROOT / "docs" / "methods" / f"{name}.md").read_text()
     assert "arxiv.org" in text

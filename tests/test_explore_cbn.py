@@ -64,7 +64,7 @@ def test_an_image_left_out_counts_for_those_after_it() -> None:
 
 
 def test_the_page_has_what_the_published_runs_make() -> None:
-    runs = [json.loads(line) for line in (PAGES / "studies" / "explore.jsonl").read_text().splitlines()]
+    runs = [json.loads(line) for line in (PAGES / "explore" / "runs.jsonl").read_text().splitlines()]
     page = (PAGES / "explore.md").read_text()
     for row in explore_cbn.table(runs):
         assert row in page

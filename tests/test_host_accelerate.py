@@ -117,7 +117,7 @@ def test_names_are_the_models_own() -> None:
     [
         ({}, "History: a NoneType is no list of histories, one a process; save the checkpoint anew"),
         ({"histories": {}}, "History: a dict is no list of histories"),
-        ({"histories": [{}]}, "load_history_state_dict: not a history of version 1"),
+        ({"histories": [{}]}, "load_history_state_dict: not a history of version 1 \\(its version is None"),
     ],
 )
 def test_what_is_no_history(state: dict[str, Any], said: str) -> None:

@@ -16,7 +16,7 @@ from anybatch.lab.training import RunResult, run_key
 from anybatch.lab.workers import Advanced, Failed, Finished, Started, run_all
 from anybatch.methods import METHODS
 
-__all__ = ["FULL", "QUICK", "Outcome", "Preset", "compare", "cost", "plan", "schedule"]
+__all__ = ["FULL", "QUICK", "Outcome", "Preset", "compare", "cost", "expand", "plan", "schedule"]
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,14 @@ class Outcome:
 
 def plan(base: TrainConfig, methods: Sequence[str], batches: Sequence[int], seeds: int) -> list[TrainConfig]:
     """The reference and every method at every batch size, for every seed; each run once. "all" is the whole table."""
-    methods = [m for given in methods for m in (base.all_methods() if given.strip() == "all" else (given,))]
-    pairs = dict.fromkeys([(REFERENCE, base.gradient_batch), *((m, b) for m in methods for b in batches)])
+    pairs = dict.fromkeys([(REFERENCE, base.gradient_batch), *((m, b) for m in expand(base, methods) for b in batches)])
     return [replace(base, method=m, batch=b, seed=seed) for m, b in pairs for seed in range(seeds)]
+
+
+def expand(base: TrainConfig, methods: Sequence[str]) -> list[str]:
+    """Methods as typed, each once, with the whole table in the place of "all"."""
+    found = [m for typed in methods for m in (base.all_methods() if typed.strip() == "all" else (typed,))]
+    return list(dict.fromkeys(found))
 
 
 def cost(config: TrainConfig) -> float:

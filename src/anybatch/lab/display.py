@@ -1,7 +1,7 @@
 """A comparison while it runs: bars on a terminal, plain lines in a log."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -23,11 +23,18 @@ def run_name(config: TrainConfig) -> str:
 
 
 class Display:
-    """Shows a bar a running run and the time left for the whole; without a terminal, a line an event."""
+    """Shows a bar a running run and the time left for the whole; without a terminal, a line an event.
 
-    def __init__(self, console: Console, jobs: int) -> None:
+    Args:
+        console: to print on.
+        jobs: runs at a time.
+        name: what a run is called.
+    """
+
+    def __init__(self, console: Console, jobs: int, name: Callable[[TrainConfig], str] = run_name) -> None:
         self.console = console
         self.jobs = jobs
+        self._name = name
         self._live = console.is_terminal
         self._bars: dict[TrainConfig, TaskID] = {}
         self._share: dict[TrainConfig, float] = {}  # of each run, what is done: 0 to 1
@@ -67,7 +74,7 @@ class Display:
     def start(self, config: TrainConfig) -> None:
         """A run begins."""
         if self._live:
-            description = escape(run_name(config))
+            description = escape(self._name(config))
             self._bars[config] = self._progress.add_task(description, total=self._total[config], note="starts")
 
     def advance(self, config: TrainConfig, progress: RunProgress) -> None:
@@ -81,11 +88,11 @@ class Display:
     def finish(self, config: TrainConfig, result: RunResult) -> None:
         """A run is done and saved."""
         outcome = "diverged" if result.accuracy is None else f"{result.accuracy:5.2f} %"
-        self._end(config, f"{escape(run_name(config)):<52} {outcome}  ({duration(result.seconds)})")
+        self._end(config, f"{escape(self._name(config)):<52} {outcome}  ({duration(result.seconds)})")
 
     def fail(self, config: TrainConfig, reason: str) -> None:
         """A run ended with an error."""
-        self._end(config, f"[red]Failed:[/] {escape(run_name(config))}: {escape(reason)}")
+        self._end(config, f"[red]Failed:[/] {escape(self._name(config))}: {escape(reason)}")
 
     def _end(self, config: TrainConfig, line: str) -> None:
         self._share[config] = 1.0

@@ -11,7 +11,7 @@ from anybatch.methods import METHODS
 
 __all__ = [
     *("NETWORKS", "BasicBlock", "ResNet", "all_methods", "build", "check_network", "deep_resnet", "resnet18"),
-    "small_resnet",
+    *("small_resnet", "wide_resnet"),
 ]
 
 
@@ -83,6 +83,11 @@ def deep_resnet(classes: int, in_channels: int = 1, widths: Sequence[int] = (12,
     return ResNet(classes, in_channels, widths, [5] * len(widths))
 
 
+def wide_resnet(classes: int, in_channels: int = 1, widths: Sequence[int] = (24, 48, 96)) -> ResNet:
+    """`small_resnet` of twice the channels: 174,000 parameters."""
+    return ResNet(classes, in_channels, widths, [1] * len(widths))
+
+
 def resnet18(classes: int, in_channels: int = 3) -> ResNet:
     """ResNet-18 for small images: a 3x3 stem of stride 1 and no max pooling."""
     return ResNet(classes, in_channels, (64, 128, 256, 512), (2, 2, 2, 2))
@@ -91,6 +96,7 @@ def resnet18(classes: int, in_channels: int = 3) -> ResNet:
 NETWORKS: dict[str, Callable[[int, int], ResNet]] = {
     "small-resnet": small_resnet,
     "deep-resnet": deep_resnet,
+    "wide-resnet": wide_resnet,
     "resnet18": resnet18,
 }
 

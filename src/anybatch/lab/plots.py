@@ -13,12 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from anybatch.lab.panels import MANY, panels
+from anybatch.lab.statistics import Estimate
 from anybatch.lab.summary import REFERENCE, Row, Summary, headed
 from anybatch.lab.training import RunResult
 from anybatch.methods import METHODS
 from anybatch.reporting.style import MARKERS, MUTED, SERIES, STYLE
 
-__all__ = ["accuracy_figure", "colours_of", "curves_figure", "name_lines", "run_figure"]
+__all__ = ["accuracy_figure", "colours_of", "curves_figure", "draw_line", "name_lines", "run_figure"]
 
 WIDTH = 17  # characters of a label's line
 
@@ -37,8 +38,8 @@ def accuracy_figure(summary: Summary) -> Figure:
             def draw(axes: Axes, place: int) -> None:
                 _reference(axes, summary)
                 if REFERENCE in rows and methods[place] != REFERENCE:
-                    _line(axes, rows[REFERENCE], 1.0, MUTED, ".", faint=True)
-                _line(axes, rows[methods[place]], 1.0, *colours[methods[place]])
+                    draw_line(axes, _points(rows[REFERENCE]), MUTED, ".", faint=True)
+                draw_line(axes, _points(rows[methods[place]]), *colours[methods[place]])
                 _scales(axes, summary)
 
             names, inks = [rows[m][0].label for m in methods], [colours[m][0] for m in methods]
@@ -50,7 +51,7 @@ def accuracy_figure(summary: Summary) -> Figure:
         ends: list[tuple[float, str, str]] = []
         for place, method in enumerate(methods):
             shift = 2 ** (0.04 * (place - (len(methods) - 1) / 2))  # side by side, or intervals hide each other
-            if drawn := _line(axes, rows[method], shift, *colours[method]):
+            if drawn := draw_line(axes, _points(rows[method], shift), *colours[method]):
                 ends.append((drawn, rows[method][0].label, colours[method][0]))
         if mean := _reference(axes, summary):
             ends.append((mean, f"BatchNorm at {summary.reference.batch if summary.reference else ''}", MUTED))
@@ -161,12 +162,17 @@ def _scales(axes: Axes, summary: Summary) -> None:
     axes.set_ylim(max(low, 0), min(high, 100.5))  # two seeds can give intervals that no accuracy reaches
 
 
-def _line(axes: Axes, rows: Sequence[Row], shift: float, colour: str, marker: str, faint: bool = False) -> float | None:
-    """Draws one method and says at which height it ends, on the right."""
-    points = [(row.batch, row.accuracy) for row in rows if row.accuracy is not None]
+def _points(rows: Sequence[Row], shift: float = 1.0) -> list[tuple[float, Estimate]]:
+    return [(row.batch * shift, row.accuracy) for row in rows if row.accuracy is not None]
+
+
+def draw_line(
+    axes: Axes, points: Sequence[tuple[float, Estimate]], colour: str, marker: str, faint: bool = False
+) -> float | None:
+    """Draws means with their intervals, and says at which height the line ends, on the right; None of no points."""
     if not points:
         return None
-    x, means = [batch * shift for batch, _ in points], [a.mean for _, a in points]
+    x, means = [place for place, _ in points], [a.mean for _, a in points]
     half_widths = [a.half_width or 0.0 for _, a in points]
     axes.errorbar(
         x,

@@ -23,19 +23,20 @@ REPORT = "report.html"
 PICTURES = "pictures"
 
 
-def estimate_text(estimate: Estimate | None) -> str:
+def estimate_text(estimate: Estimate | None, digits: int = 1) -> str:
     """As "79.3 ± 0.8"; without the interval where there is none, a dash where there is nothing."""
     if estimate is None:
         return "–"
-    return f"{estimate.mean:.1f}" + ("" if estimate.half_width is None else f" ± {estimate.half_width:.1f}")
+    half_width = "" if estimate.half_width is None else f" ± {estimate.half_width:.{digits}f}"
+    return f"{estimate.mean:.{digits}f}{half_width}"
 
 
-def difference_text(estimate: Estimate | None) -> str:
+def difference_text(estimate: Estimate | None, digits: int = 1) -> str:
     """As `estimate_text`, with a sign: "−2.0 ± 0.6"."""
     if estimate is None:
         return "–"
-    sign = "" if round(estimate.mean, 1) == 0 else "\N{MINUS SIGN}" if estimate.mean < 0 else "+"
-    return sign + estimate_text(estimate._replace(mean=abs(estimate.mean)))
+    sign = "" if round(estimate.mean, digits) == 0 else "\N{MINUS SIGN}" if estimate.mean < 0 else "+"
+    return sign + estimate_text(estimate._replace(mean=abs(estimate.mean)), digits)
 
 
 def write_report(

@@ -1,7 +1,7 @@
 """What the finished runs say: rows of a table, and two sentences that claim no more than the numbers do."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -10,7 +10,7 @@ from anybatch.lab.statistics import Estimate, estimate
 from anybatch.lab.training import RunResult
 from anybatch.methods import METHODS
 
-__all__ = ["REFERENCE", "Row", "Summary", "headed", "is_reference", "label", "summarise"]
+__all__ = ["REFERENCE", "Row", "Summary", "headed", "is_reference", "label", "paired", "summarise"]
 
 REFERENCE = "bn"  # at the gradient batch
 PERCENT = "\N{NO-BREAK SPACE}%"
@@ -110,20 +110,22 @@ def summarise(results: Iterable[RunResult], methods: Sequence[str] = ()) -> Summ
     return Summary(rows, _conclusions(rows, config.measure), config.measure, config.examples)
 
 
+def paired(group: Mapping[int, RunResult], other: Mapping[int, RunResult]) -> Estimate | None:
+    """The difference of two groups of runs by seed, in points; None without a seed at which both have finished."""
+    both = [(run.accuracy, other[seed].accuracy) for seed, run in group.items() if seed in other]
+    differences = [ours - theirs for ours, theirs in both if ours is not None and theirs is not None]
+    return estimate(differences) if differences else None
+
+
 def _row(group: dict[int, RunResult], reference: dict[int, RunResult] | None, is_reference: bool) -> Row:
     config = next(iter(group.values())).config
     accuracies = {seed: r.accuracy for seed, r in group.items() if r.accuracy is not None}
     train = [r.train_accuracy for r in group.values() if r.train_accuracy is not None]
-    differences = []
-    for seed, accuracy in accuracies.items():
-        other = reference[seed].accuracy if reference and seed in reference else None
-        if other is not None:
-            differences.append(accuracy - other)
     return Row(
         method=config.method,
         batch=config.batch,
         accuracy=estimate(list(accuracies.values())) if accuracies else None,
-        difference=estimate(differences) if differences and not is_reference else None,
+        difference=None if is_reference or reference is None else paired(group, reference),
         train_accuracy=fmean(train) if train else None,
         seconds=fmean(r.seconds for r in group.values()),
         runs=len(group),

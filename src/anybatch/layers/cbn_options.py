@@ -36,4 +36,6 @@ def check_cbn(hints: Mapping[str, Any], **options: Any) -> None:
             f"CBN: storage='bfloat16' is for 'exponential', window to 256: {kind=}, {window=} take 'full'"
         )
     if options.get("sync") and options["examples_per_group"]:
-        raise AnybatchError("CBN: sync=True with examples_per_group, of which ranks may have unequal numbers")
+        raise AnybatchError(
+            "CBN: sync=True with examples_per_group, of which ranks may have unequal numbers; leave one of them out"
+        )

@@ -70,7 +70,7 @@ def param_groups(model: nn.Module, weight_decay: float, norm_weight_decay: float
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:
-        raise AnybatchError("param_groups: the model has no parameters")
+        raise AnybatchError("param_groups: the model has no parameters; give the one that is trained")
     if not _watching:
         _watching.append(register_optimizer_step_pre_hook(_prepare))
     return groups

@@ -45,8 +45,9 @@ def load_history_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         or state.get("version") != _VERSION
         or not isinstance(state.get("layers"), Mapping)
     ):
+        got = f"its version is {state.get('version')!r}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
         raise AnybatchError(
-            f"load_history_state_dict: not a history of version {_VERSION}; save it with history_state_dict"
+            f"load_history_state_dict: not a history of version {_VERSION} ({got}); save it with history_state_dict"
         )
     modules = {n: m for n, m in model.named_modules() if isinstance(m, Remembers)}
     saved = state["layers"]
