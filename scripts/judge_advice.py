@@ -1,6 +1,6 @@
 """Holds `anybatch advise` against runs: in how many settings is the advised method within a point of the best?
 
-Settings are those of docs/results/advice and docs/results/f6k: a network, a learning rate, gradients accumulated or
+Settings are those of docs/results/studies and docs/results/advice: a network, a learning rate, gradients accumulated or
 not, a batch size. The advice is asked for as a user would, before training, and its method looked up among the runs;
 with the advised window if CBN was run with it, else with its usual one.
 
@@ -24,15 +24,12 @@ from anybatch.lab.data import Dataset, load
 from anybatch.lab.summary import label
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
-# The runs of a protocol, and which of their methods to take from which file: CBN of f6k/runs.jsonl is not today's.
 PROTOCOLS = {
-    "accumulated, rate 0.1": ((RESULTS / "f6k" / "runs.jsonl", False), (RESULTS / "advice" / "accumulate.jsonl", True)),
-    "a step a batch, rate 0.1": ((RESULTS / "advice" / "step.jsonl", None),),
-    "accumulated, rate 0.03": ((RESULTS / "advice" / "rate.jsonl", None),),
-    "accumulated, 33 layers": ((RESULTS / "advice" / "deep.jsonl", None),),
+    "accumulated, rate 0.1": RESULTS / "studies" / "small-batch.jsonl",
+    "a step a batch, rate 0.1": RESULTS / "studies" / "small-steps.jsonl",
+    "accumulated, rate 0.03": RESULTS / "studies" / "low-rate.jsonl",
+    "accumulated, 33 layers": RESULTS / "advice" / "deep.jsonl",
 }
-# What is advised: what the others of f6k/runs.jsonl are compared with in family.md has no part in it.
-ADVISED = ("bn", "gn", "cbn", "accumulated", "renorm", "proxynorm-group")
 
 
 @dataclass(frozen=True)
@@ -60,32 +57,24 @@ class Setting:
         """Points of a method: as it is typed, or with other options if it was run with these alone."""
         name = advised.partition("(")[0]
         others = (points for method, points in self.points.items() if method.partition("(")[0] == name)
-        known = next((m for m in (advised, advised.replace("(window=8)", "")) if m in self.points), None)
-        return next(others) if known is None else self.points[known]
+        return self.points[advised] if advised in self.points else next(others)
 
 
 def settings() -> Iterator[Setting]:
     """Every setting that there are runs of."""
-    for protocol, files in PROTOCOLS.items():
+    for protocol, file in PROTOCOLS.items():
         points: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         configs: dict[int, ClassifyConfig] = {}
-        for file, only_cbn in files:
-            if not file.exists():
-                continue
-            runs = [json.loads(line) for line in file.read_text().splitlines()]
-            runs = [run for run in runs if run["accuracy"] is not None]
-            reference = {
-                run["config"]["seed"]: run["accuracy"]
-                for run in runs
-                if (run["config"]["method"], run["config"]["batch"]) == ("bn", 32)
-            }
-            for run in runs:
-                config = ClassifyConfig(**run["config"])
-                is_cbn = config.method.partition("(")[0] == "cbn"
-                if config.method.partition("(")[0] not in ADVISED or only_cbn not in (None, is_cbn):
-                    continue
-                if config.seed not in reference:
-                    continue
+        runs = [json.loads(line) for line in file.read_text().splitlines()]
+        runs = [run for run in runs if run["accuracy"] is not None]
+        reference = {
+            run["config"]["seed"]: run["accuracy"]
+            for run in runs
+            if (run["config"]["method"], run["config"]["batch"]) == ("bn", 32)
+        }
+        for run in runs:
+            config = ClassifyConfig(**{name: value for name, value in run["config"].items() if name != "task"})
+            if config.seed in reference:
                 points[config.batch][config.method].append(run["accuracy"] - reference[config.seed])
                 configs[config.batch] = config
         for batch in sorted(points):

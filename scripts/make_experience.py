@@ -1,6 +1,6 @@
 """Makes diagnose/assets/experience.json: what each method came to at each noise of the batch's statistics.
 
-Reads the runs in docs/results (see family.md and advice.md there for the commands) and measures the noise of their
+Reads the runs of the study small-batch in docs/results/studies and measures the noise of their
 network at its initialization, on the first 256 of their training images.
 """
 
@@ -19,21 +19,21 @@ from anybatch.reporting.files import write_atomically
 
 ROOT = Path(__file__).parents[1]
 BATCHES = (1, 2, 4, 32)
-RESULTS = ROOT / "docs" / "results"
-# As `anybatch.diagnose.advice` calls it: the method as it ran, and the file of the runs.
+RUNS = ROOT / "docs" / "results" / "studies" / "small-batch.jsonl"
+# As `anybatch.diagnose.advice` calls it: the method as it ran.
 METHODS = {
-    "bn": ("bn", RESULTS / "f6k" / "runs.jsonl"),
-    "gn": ("gn(groups=4)", RESULTS / "f6k" / "runs.jsonl"),
-    "cbn": ("cbn", RESULTS / "advice" / "accumulate.jsonl"),
-    "accumulated": ("accumulated", RESULTS / "f6k" / "runs.jsonl"),
-    "renorm": ("renorm", RESULTS / "f6k" / "runs.jsonl"),
-    "proxynorm-group": ("proxynorm-group(groups=4)", RESULTS / "f6k" / "runs.jsonl"),
+    "bn": "bn",
+    "gn": "gn(groups=4)",
+    "cbn": "cbn",
+    "accumulated": "accumulated",
+    "renorm": "renorm",
+    "proxynorm-group": "proxynorm-group(groups=4)",
 }
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    points = {name: differences(file, typed) for name, (typed, file) in METHODS.items()}
+    points = {name: differences(RUNS, typed) for name, typed in METHODS.items()}
     dataset = load("fashion-mnist", 256, 1)
     torch.manual_seed(0)
     network = networks.build("small-resnet", 10, 1)

@@ -3,7 +3,7 @@
     predicted(method) = the method's accuracy less BatchNorm's at batch 32, in our runs at the noise measured here
 
 Noise is :attr:`BatchNoise.noise` at the batch size that is asked about; our runs (assets/experience.json, made of
-docs/results/f6k by scripts/make_experience.py) have each method at four noises, between which the logarithm of the
+docs/results/studies by scripts/make_experience.py) have each method at four noises, between which the logarithm of the
 noise is interpolated, and beyond which it is not extrapolated. Of the methods within a point of the best the
 simplest is advised. CBN's window is 64 examples, k = 64 / b batches, unless 32 or 16, of a network that moves on fast,
 make the statistics pooled over them much better:
