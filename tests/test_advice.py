@@ -73,7 +73,8 @@ def test_our_own_runs() -> None:
     ("points", "more", "chosen"),
     [
         ({"bn": 0, "renorm": 0.8, "cbn": 1.0}, {}, "bn"),
-        ({"bn": 0, "renorm": 0.4, "cbn": 1.2}, {}, "renorm"),
+        ({"bn": 0, "renorm": 0.4, "cbn": 1.2}, {}, "cbn"),
+        ({"bn": 0, "renorm": 1.2, "cbn": 0.1}, {}, "renorm"),
         ({"bn": 0, "renorm": 0.4, "cbn": 1.6}, {}, "cbn"),
         ({"bn": 0, "accumulated": 5, "renorm": 2}, {}, "renorm"),
         ({"bn": 0, "accumulated": 5, "renorm": 1}, {"micro_batches": 2}, "accumulated"),
@@ -84,7 +85,7 @@ def test_our_own_runs() -> None:
         ({"bn": 0, "cbn": 9.8, "proxynorm_group": 10}, {"folds": False}, "cbn"),
     ],
 )
-def test_the_simplest_within_a_point(
+def test_the_surest_within_a_point(
     monkeypatch: pytest.MonkeyPatch, points: dict[str, float], more: dict[str, Any], chosen: str
 ) -> None:
     """First; then the others by their forecasts, also those that do not fold; the gain is over BatchNorm there."""

@@ -20,6 +20,7 @@ SYNCED = {
     "weighed": ab.ExampleWeighedBN(alpha=0.0, sync=True),
     "cbn": ab.CBN(window=3, sync=True),
     "cbn-second": ab.CBN(window=3, pooling="equal", expansion="second_moment", sync=True),
+    "cbn-examples": ab.CBN(window_examples=4, sync=True),  # full ones, and smaller ones after them
     "cbn-ring": ab.CBN(window=3, kind="ring", sync=True),
     "cbn-paper": dataclasses.replace(ab.CBN.paper(window=3), running="total", momentum_batch=32, sync=True),
     "cbn-naive": ab.CBN(3, compensate=False, sync=True),

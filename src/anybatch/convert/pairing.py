@@ -6,7 +6,7 @@ its opinion is compared.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from ..core.linear_map import LinearMap
 from ..errors import AnybatchError
 from .snapshot import untouched
-from .tracing import Ledger, Visit
+from .tracing import Ledger, Visit, tensors_in
 
 __all__ = ["Feed", "Pairing", "as_call", "pair"]
 
@@ -44,7 +44,7 @@ class Pairing:
         reason: why it is unpaired; else empty.
         shared: who else uses what the maps give, or their weights; empty when the norm alone does.
         note: another opinion, of torch.fx; mostly empty.
-        rows: of its input for each example that the model was given.
+        rows: of its input for each example that the model was given; None if it was not called.
         folds_into: the maps of an unpaired norm that it can be folded into all the same, for example those that pad by
             themselves: no closed form explains their output, but it scales as their weight does.
     """
@@ -54,7 +54,7 @@ class Pairing:
     shared: str = ""
     note: str = ""
     folds_into: tuple[Feed, ...] = ()
-    rows: int = 1
+    rows: int | None = None
 
     @property
     def exclusive(self) -> bool:
@@ -101,9 +101,9 @@ def pair(model: nn.Module, norms: Mapping[str, nn.Module], example_inputs: Any) 
     args, kwargs = as_call(example_inputs)
     ledger = Ledger(model, list(norms.values()))
     ledger.run(args, kwargs)
-    given = _examples((*args, *kwargs.values()))
+    given = _examples((args, kwargs), ledger.rows.values())
     pairings = {
-        name: replace(_judge(ledger, norm), rows=max(1, ledger.rows.get(norm, 1) // given))
+        name: replace(_judge(ledger, norm), rows=max(1, ledger.rows[norm] // given) if norm in ledger.rows else None)
         for name, norm in norms.items()
     }
     opinions = _opinions(model, norms)
@@ -114,14 +114,29 @@ def pair(model: nn.Module, norms: Mapping[str, nn.Module], example_inputs: Any) 
     return pairings
 
 
-def _examples(inputs: Sequence[Any]) -> int:
-    """How many examples a model is given: the length of the first tensor, or list of tensors, that has one."""
-    for given in inputs:
-        if isinstance(given, Tensor) and given.dim():
-            return max(1, len(given))
-        if isinstance(given, (list, tuple)) and given and all(isinstance(each, Tensor) for each in given):
-            return len(given)
-    return 1
+def _examples(inputs: Any, rows: Iterable[int]) -> int:
+    """How many examples a model was given: the largest length in its inputs that divides the fewest rows of a norm.
+
+    A batch of images is as long as the stem's input, whatever else is given beside it; a batch of clips is not, and
+    its length divides the number of their frames.
+    """
+    fewest = min((n for n in rows if n), default=1)
+    lengths = {
+        len(each) for each in (*tensors_in(inputs), *_lists(inputs)) if not isinstance(each, Tensor) or each.dim()
+    }
+    return max((n for n in lengths if n and fewest % n == 0), default=fewest)
+
+
+def _lists(value: Any) -> Iterator[Sequence[Any]]:
+    """The lists in nested containers; what a call takes besides, such as its tuple of arguments, is none."""
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from _lists(item)
+    elif isinstance(value, (list, tuple)):
+        if isinstance(value, list):
+            yield value
+        for item in value:
+            yield from _lists(item)
 
 
 def _judge(ledger: Ledger, norm: nn.Module) -> Pairing:

@@ -136,8 +136,6 @@ def advance(
     pooled = _pooled(mean, var, s, now, used)
     new = Past._make((*_where(ok, (sizes, mean, var, mean_at, var_at, per), past), past.patch, past.covariance))
     if seen is None or apart is None:
-        if not isinstance(rule.kept, Tensor) and not rule.kept:
-            return pooled, None, new, ok  # nothing of the past is in it
         response = Response(past.patch.unsqueeze(0), past.covariance, None, None, by, answer_unseen)
         return pooled, response, new, ok
     patch, left, second = seen.patch, seen.left, seen.covariance

@@ -115,6 +115,7 @@ class NormLayer(SyncedLayer):
         _take_over(bn.to_batchnorm() if isinstance(bn, NormLayer) else bn, layer)
         known = [d for d, torch_class in TORCH_BATCH_NORMS.items() if isinstance(bn, torch_class)]
         layer.dims = known[0] if known else getattr(bn, "dims", 0)
+        layer.rows_per_example = getattr(bn, "rows_per_example", 1)
         keep_tail(bn, layer)
         return layer
 

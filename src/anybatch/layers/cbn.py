@@ -179,7 +179,7 @@ class CrossIterationBatchNorm(HistoryLayer):
     def standardise(self, y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """:meth:`normalise` with other affine parameters than the layer's."""
         index, feed = self.take_feed(y)
-        size = self.examples_per_group or len(y)
+        size = self.examples_per_group * self.rows_per_example if self.examples_per_group else len(y)
         if len(y) <= size:
             return self._part(y, index, feed, weight, bias)
         parts = [
@@ -221,8 +221,7 @@ class CrossIterationBatchNorm(HistoryLayer):
         take = first_run(now.mean.new_ones((), dtype=torch.bool), repeatable=False) if is_compiling() else None
         today = Today(now, map.rows.detach().flatten(1), bias, whole.share, used, take)
         share = self.share(whole.examples)
-        alone = not isinstance(share, Tensor) and share == 1  # nothing of the past counts
-        seen = history.observe(y, own, now, whole, None if alone else feed)
+        seen = history.observe(y, own, now, whole, feed)
         pooled, response, ok, new = once(self._pool, history, today, seen, 1 - share)
         history.push_(today, ok, new)
         examples = whole.examples / self.rows_per_example

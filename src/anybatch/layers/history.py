@@ -180,7 +180,8 @@ class HistoryLayer(FedLayer):
     def meet(self, around: Surroundings) -> None:
         """Follow the maps, and take note of how many rows of an input belong to one example."""
         super().meet(around)
-        self.rows_per_example = around.rows
+        if around.rows is not None:
+            self.rows_per_example = around.rows
 
     @property
     def note(self) -> str:

@@ -40,7 +40,7 @@ class Surroundings:
             empty where there is none.
         shortcut: it normalises the projection of a residual block's shortcut.
         called: the example run called it; where there was none, or nobody asked, it counts as called.
-        rows: of its input for each example that the model was given.
+        rows: of its input for each example that the model was given; None where nobody saw.
     """
 
     feeds: tuple[Fed, ...] = ()
@@ -48,4 +48,4 @@ class Surroundings:
     activation: str = ""
     shortcut: bool = False
     called: bool = True
-    rows: int = 1
+    rows: int | None = None
