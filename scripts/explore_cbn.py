@@ -81,24 +81,27 @@ def run(name: str, seed: int, batch: int = 1, epochs: int = 3) -> dict[str, Any]
 
 
 def table(runs: list[dict[str, Any]]) -> Iterator[str]:
-    """Differences to BatchNorm at 32 images, paired by seed."""
-    by_name: dict[str, dict[int, dict[str, Any]]] = {}
+    """Test accuracies and, paired by seed, their differences to BatchNorm at 32 images and to CBN."""
+    by_name: dict[str, dict[int, float | None]] = {}
     for each in runs:
-        by_name.setdefault(each["name"], {})[each["seed"]] = each
-    yield "| | seeds | test accuracy, % | less BatchNorm's at 32 | training accuracy, less BatchNorm's |"
-    yield "|---|---|---|---|---|"
+        by_name.setdefault(each["name"], {})[each["seed"]] = each["accuracy"]
+    yield "| experiment | what | seeds | test accuracy, % | less BatchNorm's at 32 | less CBN's |"
+    yield "|---|---|---|---|---|---|"
     for name in [name for name in EXPERIMENTS if name in by_name]:
-        mine, reference = by_name[name], by_name.get("bn", {})
-        cells = []
-        for measure in ("accuracy", "train_accuracy"):
-            pairs = [(mine[s].get(measure), reference[s].get(measure)) for s in mine if s in reference]
-            found = estimate([a - b for a, b in pairs if a is not None and b is not None])
-            half = "" if found.half_width is None else f" ± {found.half_width:.2f}"
-            cells.append("" if name == "bn" else f"{found.mean:+.2f}{half}".replace("-", "\N{MINUS SIGN}"))
-        accuracies = [each["accuracy"] for each in mine.values() if each["accuracy"] is not None]
-        gone = f", {len(mine) - len(accuracies)} diverged" if len(accuracies) < len(mine) else ""
+        mine = by_name[name]
+        accuracies = [accuracy for accuracy in mine.values() if accuracy is not None]
+        gone = f", {len(mine) - len(accuracies)} of them diverged" if len(accuracies) < len(mine) else ""
+        cells = [difference(mine, by_name.get(other, {})) if name != other else "" for other in ("bn", "cbn")]
         mean = estimate(accuracies).mean
-        yield f"| {EXPERIMENTS[name][0]} | {len(mine)}{gone} | {mean:.1f} | {cells[0]} | {cells[1]} |"
+        yield f"| `{name}` | {EXPERIMENTS[name][0]} | {len(mine)}{gone} | {mean:.1f} | {cells[0]} | {cells[1]} |"
+
+
+def difference(mine: dict[int, float | None], other: dict[int, float | None]) -> str:
+    """Mean and half the 95 % interval over the seeds that both have finished."""
+    pairs = [(mine[seed], other[seed]) for seed in mine if seed in other]
+    found = estimate([a - b for a, b in pairs if a is not None and b is not None])
+    half = "" if found.half_width is None else f" ± {found.half_width:.2f}"
+    return f"{found.mean:+.2f}{half}".replace("-", "\N{MINUS SIGN}")
 
 
 def main() -> None:

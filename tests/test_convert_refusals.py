@@ -132,5 +132,5 @@ def test_what_is_missing_is_said() -> None:
 
 @pytest.mark.parametrize("config", ["cbn", CBN, None], ids=["a name", "a class", "nothing"])
 def test_a_config_that_is_none_is_answered_with_the_mend(config: object) -> None:
-    with pytest.raises(AnybatchError, match=r"ab\.CBN\(window=8\).*parse_method"):
+    with pytest.raises(AnybatchError, match=r"ab\.CBN\(\).*parse_method"):
         convert_(ResNet(), config, example_inputs=torch.randn(1, 3, 16, 16))

@@ -139,10 +139,10 @@ def test_a_failed_run_leaves_a_page_and_nothing_is_published(folder: Path, monke
 
     monkeypatch.setattr(compare, "run_all", some_fail)
     written(folder)
-    code, output = run("tiny.toml", "--seeds", "1", "--publish", "there")
+    code, output = run("tiny.toml", "--publish", "there")
     assert code == 1
-    assert "2 of 4 runs failed; the same command tries them again; a study is published when it is whole." in output
-    assert "**2 of 4 runs are finished.**" in (folder / "results" / "studies" / "tiny.md").read_text()
+    assert "4 of 8 runs failed; the same command tries them again; a study is published when it is whole." in output
+    assert "**4 of 8 runs are finished.**" in (folder / "results" / "studies" / "tiny.md").read_text()
     assert not (folder / "there").exists()
 
 
@@ -164,8 +164,8 @@ def test_ctrl_c_leaves_a_page_of_what_is_done_and_the_same_command_goes_on(folde
     assert "of 36 runs are finished.**" in (out / "tiny.md").read_text()
     done = len(published_runs(out / RUNS))
 
-    written(folder, TINY.replace("[16, 32]", "[32]"))
-    code, rest = run(*command[4:], "--seeds", "1")
+    written(folder, TINY.replace("[16, 32]", "[32]").replace("seeds = 2", "seeds = 1"))
+    code, rest = run(*command[4:])
     assert code == 0
     assert re.search(rf"[01] runs to do, {done} already done", rest)
     assert len(published_runs(folder / "there" / "tiny.jsonl")) == 2
@@ -206,6 +206,9 @@ def test_publishing(folder: Path, published: Path) -> None:
 
 
 def test_what_cannot_be_published(folder: Path) -> None:
+    code, output = run(str(written(folder)), "--seeds", "1", "--publish", "there")
+    assert code == 2
+    assert "--publish takes the 2 seeds that tiny.toml says: leave out --seeds 1" in output
     study = read_study(written(folder, TINY, "window"))
     with pytest.raises(AnybatchError, match=r"window.toml has the name of a study in the package: rename it"):
         publish(folder / "there", study, made_up(study))

@@ -50,7 +50,7 @@ def convert_(
 
     Args:
         model: not yet wrapped (DistributedDataParallel, FSDP) or compiled.
-        config: the method, such as ``ab.CBN(window=8)``.
+        config: the method, such as ``ab.CBN()``.
         example_inputs: what one forward of the model takes, to see what stands around each norm: a tensor, a tuple of
             arguments, a dict of keyword arguments, or (tuple, dict). One example is enough. The model runs once,
             without gradients, in the mode it is in, and is left as it was. Needed where ``config.needs_example``.
@@ -69,7 +69,7 @@ def convert_(
     """
     if not isinstance(config, NormConfig):
         raise AnybatchError(
-            f"convert_: the config is {config!r}; give an instance such as ab.CBN(window=8), or ab.parse_method('cbn')"
+            f"convert_: the config is {config!r}; give an instance such as ab.CBN(), or ab.parse_method('cbn')"
         )
     if process_group is not None and not getattr(config, "sync", False):
         raise AnybatchError("convert_: a process_group is for a config with sync=True, e.g. ab.CBN(sync=True)")

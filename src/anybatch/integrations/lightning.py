@@ -43,7 +43,7 @@ class Convert(Callback):
     scaled. A checkpoint holds the histories of all processes; ``fit`` resumed from it goes on bit for bit.
 
     Args:
-        config: the method, such as ``ab.CBN(window=8)``. None: the module converts itself, at the end of its
+        config: the method, such as ``ab.CBN()``. None: the module converts itself, at the end of its
             ``configure_model``.
         example_inputs: what one forward of the module takes, see :func:`anybatch.convert_`; by default the module's
             ``example_input_array``.
@@ -71,9 +71,7 @@ class Convert(Callback):
         forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
         if config is not None and not isinstance(config, NormConfig):
-            raise AnybatchError(
-                f"Convert: the config is {config!r}; give an instance such as ab.CBN(window=8), or None"
-            )
+            raise AnybatchError(f"Convert: the config is {config!r}; give an instance such as ab.CBN(), or None")
         self.config = config
         self.example_inputs = example_inputs
         self.where = where

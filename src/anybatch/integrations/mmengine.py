@@ -1,7 +1,7 @@
 """MMEngine: the methods in its registry of models, as ``norm_cfg`` asks for them, and the hook that they need.
 
     custom_imports = dict(imports=["anybatch.integrations.mmengine"])
-    norm_cfg = dict(type="CBN", window=8)
+    norm_cfg = dict(type="CBN")
     custom_hooks = [dict(type="AnybatchHook")]
 
 Importing this module registers both. The names of norms in a model stay BatchNorm's (bn1), so checkpoints fit.

@@ -56,4 +56,4 @@ def check_config(call: str, config: NormConfig) -> None:
         AnybatchError: it is a class, a name or the like.
     """
     if not isinstance(config, NormConfig):
-        raise AnybatchError(f"{call}: the config is {config!r}; give an instance such as ab.CBN(window=8)")
+        raise AnybatchError(f"{call}: the config is {config!r}; give an instance such as ab.CBN()")

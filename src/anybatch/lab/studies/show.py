@@ -72,6 +72,10 @@ def run_study(
     """
     study = read_study(name)
     check_data(study)
+    if published is not None and seeds not in (None, study.seeds):
+        raise AnybatchError(
+            f"--publish takes the {study.seeds} seeds that {study.path.name} says: leave out --seeds {seeds}"
+        )
     configs = runs(study, seeds, device)
     jobs = jobs or (_cores() if device == "cpu" else 1)
     console.print(f"[bold]{escape(study.title)}.[/] {escape(study.question)}", soft_wrap=True)
