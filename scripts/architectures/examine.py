@@ -257,5 +257,6 @@ def reasons_in(report: ab.Report, unfolded: Iterable[str]) -> list[Reason]:
 
 
 def without_names(text: str) -> str:
-    """'conv1' becomes '...', and what is then said twice is said once."""
-    return "; ".join(dict.fromkeys(re.sub(r"'[^']*'", "'...'", text).split("; ")))
+    """'conv1' becomes '...', and what is then said twice is said once; how many rows an example has is no reason."""
+    said = re.sub(r"'[^']*'", "'...'", text).split("; ")
+    return "; ".join(dict.fromkeys(part for part in said if "count as one example" not in part))

@@ -198,10 +198,12 @@ class HistoryLayer(FedLayer):
     def averages(self, history: History, examples: int | Tensor) -> Averages | None:
         """What a backward of so many examples moves, and by how much the loss is scaled; None: nothing."""
         over: Tensor | float | None = self.average_reductions
+        if self.average_reductions == 0:
+            return None
         if over is None:
             full = examples / (self.window_examples * self.rows_per_example)
             over = full.clamp(1e-9, 1).reciprocal() if isinstance(full, Tensor) else max(1.0, 1 / full)
-        return Averages(history.reductions, history.backwards, over, self.loss_scale) if over else None
+        return Averages(history.reductions, history.backwards, over, self.loss_scale)
 
     def history_state(self) -> dict[str, Any]:
         """Copies of the histories' tensors, by the index of the followed map (-1: none)."""
