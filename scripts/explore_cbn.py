@@ -8,21 +8,20 @@ Protocol F6k, one image at a time; causal_cbn.py computes a step's micro-batches
 
 import argparse
 import json
-import math
 from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from scripts.causal_cbn import Way, make_causal_
+from scripts.causal_cbn import CausalCBN, Way, make_causal_
+from torch import nn
 
-from anybatch.lab import machine, networks
-from anybatch.lab.classify import open_classify
+from anybatch.lab.classify import Classify, open_classify
 from anybatch.lab.config import ClassifyConfig
-from anybatch.lab.schedule import Order, Schedule
+from anybatch.lab.data import Dataset
 from anybatch.lab.statistics import estimate
+from anybatch.lab.training import train_run
 from anybatch.reporting.files import write_atomically
 
 EXPERIMENTS: dict[str, tuple[str, Way | None]] = {
@@ -40,43 +39,46 @@ EXPERIMENTS: dict[str, tuple[str, Way | None]] = {
 }
 
 
+class Causal(Classify):
+    """The lab's task, with a network whose norms pool ``batch`` images at a time in one way; None: BatchNorm."""
+
+    def __init__(self, config: ClassifyConfig, dataset: Dataset, way: Way | None, batch: int) -> None:
+        super().__init__(config, dataset)
+        self.way, self.batch_size = way, batch
+
+    def build(self) -> nn.Module:
+        """The network."""
+        model = super().build()
+        if self.way is not None:
+            make_causal_(model, self.batch_size, self.way)
+        return model
+
+
 def run(name: str, seed: int, batch: int = 1, epochs: int = 3) -> dict[str, Any]:
     """Train once, as `anybatch compare` does; the record of the run."""
     torch.set_num_threads(1)
-    way = EXPERIMENTS[name][1]
     config = ClassifyConfig(
         method="bn", batch=32, seed=seed, data="fashion-mnist", train_images=6000, test_images=4000, epochs=epochs
     )
-    task = open_classify(config)
-    torch.manual_seed(seed)
-    model = networks.build(config.network, len(task.dataset.classes), 1).train()
-    layers = [] if way is None else make_causal_(model, batch, way)
-    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
-    schedule = Schedule.of(config, task.train_count, 1)
-    order = Order(seed, task.train_count, schedule.epoch)
-    for done in range(0, schedule.total, schedule.step):
-        images, labels = task.batch(order.after(done, schedule.step), done)
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.lr(done)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        if not math.isfinite(loss.detach()):
-            return {"name": name, "seed": seed, "batch": batch, "epochs": epochs, "accuracy": None}
-    biases = torch.tensor([layer.state.bias for layer in layers if layer.state.bias])
-    early, late = (biases[:, :20].mean().item(), biases[:, 90:].mean().item()) if len(biases) else (None, None)
+    task = Causal(config, open_classify(config).dataset, EXPERIMENTS[name][1], batch)
+    biases: list[list[float]] = []
+
+    def note(model: nn.Module) -> None:
+        layers = (layer for layer in model.modules() if isinstance(layer, CausalCBN))
+        biases.extend(layer.state.bias for layer in layers if layer.state.bias)
+
+    result = train_run(task, finish=note)
+    bias = torch.tensor(biases)
+    early, late = (bias[:, :20].mean().item(), bias[:, 90:].mean().item()) if biases else (None, None)
     return {
         "name": name,
         "seed": seed,
         "batch": batch,
         "epochs": epochs,
-        "accuracy": task.evaluate(model, "test").score,
-        "train_accuracy": task.evaluate(model, "train").score,
+        "accuracy": result.accuracy,
+        "train_accuracy": result.train_accuracy,
         "log_variance_bias": {"steps 1-20": early, "from step 90": late},
-        "machine": machine.machine(),
-        "versions": machine.versions(),
-        "commit": machine.commit(),
+        **result.facts,
     }
 
 

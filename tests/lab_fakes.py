@@ -1,5 +1,7 @@
 """Small made-up data and results for the tests of the lab."""
 
+import signal
+import subprocess
 from pathlib import Path
 
 import torch
@@ -56,3 +58,14 @@ def result(
 
 def progress(images: int) -> Progress:
     return Progress(images, 100, None)
+
+
+def interrupted(command: list[str], at: str, limit: float) -> tuple[int, str]:
+    """The exit code of a command that gets Ctrl-C once a line of its has ``at``, and what it printed from then on."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if at in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest, _ = process.communicate(timeout=limit)
+    return process.returncode, rest

@@ -1,6 +1,4 @@
 import multiprocessing
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -19,7 +17,7 @@ from anybatch.lab.results import RUNS
 from anybatch.lab.workers import Event, Failed, Finished, Started, run_all
 from anybatch.methods import METHODS
 
-from .lab_fakes import image_folder
+from .lab_fakes import image_folder, interrupted
 
 
 @pytest.fixture
@@ -102,13 +100,8 @@ def test_wrong_plans_are_refused_before_any_run(tmp_path: Path, base: ClassifyCo
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path, base: ClassifyConfig) -> None:
     command = [sys.executable, "-m", "anybatch.cli", "compare", "--data", base.data, "--epochs", "200", "--jobs", "1"]
     command += ["--method", "bn", "--batch", "1", "--seeds", "1", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in process.stdout:
-        if "runs to do" in line:
-            process.send_signal(signal.SIGINT)
-            break
-    rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    code, rest = interrupted(command, "runs to do", limit=60)
+    assert code == 130
     assert "0 of 2 runs are finished and safe" in rest.replace("\n", " ")
     assert "To go on: anybatch compare --data" in rest
     assert "Traceback" not in rest

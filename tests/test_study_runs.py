@@ -2,8 +2,6 @@
 
 import json
 import re
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -26,7 +24,7 @@ from anybatch.lab.tasks import open_task
 from anybatch.lab.training import run_key
 from anybatch.lab.workers import Event, Failed, Finished, Started
 
-from .lab_fakes import result
+from .lab_fakes import interrupted, result
 from .study_files import ROOT, TINY, VARY, is_a_picture, made_up, publish_tiny, run, work_here, written
 
 PUBLISHED = sorted((ROOT / "docs" / "results" / "studies").glob("*.jsonl"))
@@ -150,13 +148,8 @@ def test_a_failed_run_leaves_a_page_and_nothing_is_published(folder: Path, monke
 def test_ctrl_c_leaves_a_page_of_what_is_done_and_the_same_command_goes_on(folder: Path) -> None:
     written(folder, TINY.replace('"cbn"', '"cbn", "ghost"').replace("[16, 32]", "[1, 2, 4, 8, 16, 32]"))
     command = [sys.executable, "-m", "anybatch", "study", "tiny.toml", "--jobs", "1", "--publish", "there"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in process.stdout:
-        if "[1/" in line:
-            process.send_signal(signal.SIGINT)
-            break
-    rest, _ = process.communicate(timeout=300)
-    assert process.returncode == 130
+    code, rest = interrupted(command, "[1/", limit=300)
+    assert code == 130
     assert "Traceback" not in rest
     assert re.search(r"[12] of 36 runs are finished and safe in results/studies; a study is published when", rest)
     assert "To go on: anybatch study tiny.toml --jobs 1 --publish there" in rest

@@ -10,8 +10,13 @@ __all__ = [
     *("Batches", "Checkpoint", "Compare", "Data", "Device", "DryRun", "Epochs", "GradientBatch", "GradientMode"),
     *("ImageSize", "Jobs", "LearningRate", "MethodName", "Methods", "MicroBatches", "Mode", "Model", "Network"),
     *("NormBatches", "NormWeightDecay", "Recipe", "Resume", "SaveEvery", "Seed", "Seeds", "TaskMode", "TaskRate"),
-    *("TestImages", "TrainImages", "TrainingRate", "WeightDecay"),
+    *("TestImages", "TrainImages", "TrainingRate", "WeightDecay", "typed_in"),
 ]
+
+
+def typed_in(context: typer.Context) -> set[str]:
+    """The parameters that were typed, and did not take their defaults."""
+    return {each for each in context.params if (s := context.get_parameter_source(each)) and s.name == "COMMANDLINE"}
 
 
 class Mode(StrEnum):

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from anybatch.cli.app import app
-from anybatch.cli.options import Device
+from anybatch.cli.options import Device, typed_in
 from anybatch.errors import AnybatchError
 
 PUBLISHED = Path("docs/results/studies")
@@ -47,7 +47,7 @@ def study(
             help="With --check: points a row may be off by where machine, versions or source are not the same; as many "
             "as its seeds lie apart if that is more. Where all are the same: 0."
         ),
-    ] = 3.0,
+    ] = 3.0,  # rounding alone moves a run by a point or so, at worst by three: docs/results/f6k.md
     longest: Annotated[
         float | None,
         typer.Option(help="With --check: leave out runs that took longer, in seconds.", show_default="any"),
@@ -59,7 +59,7 @@ def study(
     """
     from anybatch.lab.studies import show
 
-    typed = {each for each in context.params if (s := context.get_parameter_source(each)) and s.name == "COMMANDLINE"}
+    typed = typed_in(context)
     console = Console(highlight=False)
     if check:
         _refuse(typed & {"out", "seeds", "device", "publish"}, "goes without --check")

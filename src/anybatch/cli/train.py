@@ -24,6 +24,7 @@ from anybatch.cli.options import (
     Recipe,
     TestImages,
     TrainImages,
+    typed_in,
 )
 from anybatch.errors import AnybatchError
 
@@ -136,10 +137,7 @@ def train(
         "device": device,
         "norm_weight_decay": norm_weight_decay,
     }
-    typed = {
-        name for name in options if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
-    }
-    config = _configured(options, typed, recipe)
+    config = _configured(options, typed_in(context) & options.keys(), recipe)
     if dry_run:
         from anybatch.lab.dry_run import dry_run as try_out
 

@@ -149,8 +149,7 @@ def average_(averages: Averages, new: Tensor, inverse: Tensor) -> Tensor:
     ok = finite(new / inverse)
     backwards.add_(ok)
     if isinstance(ok, Tensor):
-        so_many = backwards.clamp(1, over) if not isinstance(over, Tensor) else backwards.minimum(over).clamp_min(1)
-        kept.add_(torch.where(ok, new - kept, 0.0) / so_many)
+        kept.add_(torch.where(ok, new - kept, 0.0) / backwards.clamp_min(1).clamp_max(over))
     elif ok:
         kept.lerp_(new, 1 / min(backwards.item(), float(over)))
     return kept if scale is None else kept * scale

@@ -24,7 +24,7 @@ class Ahead(Generic[T]):
     def __init__(self, read: Callable[[int, int], T]) -> None:
         self._read = read
         # Cores of this machine for each of the processes on it.
-        threads = max(2, int(machine.machine()["cores"]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        threads = max(2, machine.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.pool = ThreadPoolExecutor(threads, "examples")
         self._coming: dict[tuple[int, int], Future[T]] = {}
 

@@ -11,7 +11,7 @@ import torch
 
 from anybatch.errors import AnybatchError
 
-__all__ = ["anybatch_version", "check_device", "commit", "is_source_of", "machine", "versions"]
+__all__ = ["anybatch_version", "check_device", "commit", "cores", "is_source_of", "machine", "versions"]
 
 
 def anybatch_version() -> str:
@@ -31,10 +31,14 @@ def check_device(device: str) -> None:
         raise AnybatchError(f"device '{device}' cannot be used ({reason}): use cpu, or one that is there") from error
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine(device: str = "cpu") -> dict[str, str | int]:
     """Processor, cores this process may use, operating system, and the accelerator if `device` is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    facts: dict[str, str | int] = {"cpu": _cpu_name(), "cores": cores, "platform": platform.platform(terse=True)}
+    facts: dict[str, str | int] = {"cpu": _cpu_name(), "cores": cores(), "platform": platform.platform(terse=True)}
     if device.startswith("cuda"):
         facts["gpu"] = torch.cuda.get_device_name(device)
     return facts

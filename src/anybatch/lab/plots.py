@@ -19,8 +19,18 @@ from anybatch.lab.training import RunResult
 from anybatch.methods import METHODS
 from anybatch.reporting.style import MARKERS, MUTED, SERIES, STYLE
 
-__all__ = ["accuracy_figure", "colours_of", "curves_figure", "draw_line", "name_lines", "run_figure"]
+__all__ = [
+    "DASHED",
+    "accuracy_figure",
+    "colours_of",
+    "curves_figure",
+    "draw_line",
+    "draw_reference",
+    "name_lines",
+    "run_figure",
+]
 
+DASHED: Any = (0, (5, 3))
 WIDTH = 17  # characters of a label's line
 
 
@@ -66,7 +76,6 @@ def curves_figure(summary: Summary, results: Iterable[RunResult]) -> Figure:
     """Training loss at the smallest batch size, mean over seeds, smoothed over 3 points; the reference is dashed."""
     curves = _curves(summary, results)
     colours = colours_of(summary.methods)
-    dashed: Any = (0, (5, 3))
     title = f"Training loss at batch {summary.smallest_batch}, mean over seeds"
     with mpl.rc_context(STYLE):
         methods = [method for method in summary.methods if (method, False) in curves]
@@ -75,7 +84,7 @@ def curves_figure(summary: Summary, results: Iterable[RunResult]) -> Figure:
             def draw(axes: Axes, place: int) -> None:
                 for (_, is_reference), (x, y) in curves.items():
                     if is_reference:
-                        axes.plot(x, y, color=MUTED, linestyle=dashed, linewidth=1.2)
+                        axes.plot(x, y, color=MUTED, linestyle=DASHED, linewidth=1.2)
                 axes.plot(*curves[methods[place], False], color=colours[methods[place]][0], linewidth=1.8)
 
             names = [_rows(summary, method)[0].label for method in methods]
@@ -86,7 +95,7 @@ def curves_figure(summary: Summary, results: Iterable[RunResult]) -> Figure:
         for (method, is_reference), (x, y) in sorted(curves.items(), key=lambda item: item[0][1]):
             row = next(r for r in summary.rows if r.method == method and r.is_reference == is_reference)
             colour = MUTED if is_reference else colours[method][0]
-            axes.plot(x, y, color=colour, linestyle=dashed if is_reference else "-", linewidth=1.8)
+            axes.plot(x, y, color=colour, linestyle=DASHED if is_reference else "-", linewidth=1.8)
             ends.append((y[-1], f"{row.label} at {row.batch}" if is_reference else row.label, colour))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("epochs")
@@ -145,8 +154,13 @@ def _reference(axes: Axes, summary: Summary) -> float | None:
     reference = summary.reference
     if reference is None or reference.accuracy is None:
         return None
-    mean, half_width, _ = reference.accuracy
-    axes.axhline(mean, color=MUTED, linestyle=(0, (5, 3)), linewidth=1.4, zorder=1.5)
+    return draw_reference(axes, reference.accuracy)
+
+
+def draw_reference(axes: Axes, estimate: Estimate) -> float:
+    """Draws what the others are compared with, dashed and across, with its interval; at which height."""
+    mean, half_width, _ = estimate
+    axes.axhline(mean, color=MUTED, linestyle=DASHED, linewidth=1.4, zorder=1.5)
     axes.axhspan(mean - (half_width or 0), mean + (half_width or 0), color=MUTED, alpha=0.12, linewidth=0)
     return mean
 

@@ -10,7 +10,7 @@ from anybatch.lab.statistics import Estimate, estimate
 from anybatch.lab.training import RunResult
 from anybatch.methods import METHODS
 
-__all__ = ["REFERENCE", "Row", "Summary", "headed", "is_reference", "label", "paired", "summarise"]
+__all__ = ["REFERENCE", "Row", "Summary", "grouped", "headed", "is_reference", "label", "paired", "summarise"]
 
 REFERENCE = "bn"  # at the gradient batch
 PERCENT = "\N{NO-BREAK SPACE}%"
@@ -99,15 +99,21 @@ def is_reference(config: TrainConfig) -> bool:
 def summarise(results: Iterable[RunResult], methods: Sequence[str] = ()) -> Summary:
     """Groups `results` by method and batch size; `methods` gives the order."""
     results = list(results)
-    groups: dict[tuple[str, int], dict[int, RunResult]] = {}
-    for result in results:
-        groups.setdefault((result.config.method, result.config.batch), {})[result.config.seed] = result
+    groups = grouped(results)
     reference = next((g for g in groups if is_reference(next(iter(groups[g].values())).config)), None)
     order = {method: place for place, method in enumerate(methods)}
     keys = sorted(groups, key=lambda key: (key != reference, order.get(key[0], len(order)), key))
     rows = tuple(_row(groups[key], groups.get(reference) if reference else None, key == reference) for key in keys)
     config: TrainConfig | type[TrainConfig] = results[0].config if results else ClassifyConfig
     return Summary(rows, _conclusions(rows, config.measure), config.measure, config.examples)
+
+
+def grouped(results: Iterable[RunResult]) -> dict[tuple[str, int], dict[int, RunResult]]:
+    """Runs by method and batch size, and there by seed."""
+    groups: dict[tuple[str, int], dict[int, RunResult]] = {}
+    for result in results:
+        groups.setdefault((result.config.method, result.config.batch), {})[result.config.seed] = result
+    return groups
 
 
 def paired(group: Mapping[int, RunResult], other: Mapping[int, RunResult]) -> Estimate | None:

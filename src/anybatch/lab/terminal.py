@@ -13,7 +13,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from anybatch.lab import compare as comparison
-from anybatch.lab import machine, weighing
+from anybatch.lab import weighing
 from anybatch.lab.board import board
 from anybatch.lab.config import TrainConfig
 from anybatch.lab.display import Display, run_name
@@ -25,8 +25,9 @@ from anybatch.lab.run_report import write_run_report
 from anybatch.lab.summary import Summary, headed, summarise
 from anybatch.lab.tasks import open_task
 from anybatch.lab.training import Progress, RunResult, Stopped, train_run
+from anybatch.lab.workers import jobs_for
 
-__all__ = ["compare", "train", "weigh"]
+__all__ = ["compare", "ending", "train", "weigh"]
 
 
 def compare(configs: Sequence[TrainConfig], folder: Path, jobs: int | None, command: str, console: Console) -> int:
@@ -39,7 +40,7 @@ def compare(configs: Sequence[TrainConfig], folder: Path, jobs: int | None, comm
         AnybatchError: a configuration does not fit, or the results cannot be written.
     """
     if jobs is None:
-        jobs = _cores() if configs[0].device == "cpu" else 1
+        jobs = jobs_for(configs[0].device)
     outcome = comparison.compare(configs, folder, jobs, Display(console, jobs))
     missing = _missing(configs, outcome)
     if outcome.results:
@@ -50,12 +51,31 @@ def compare(configs: Sequence[TrainConfig], folder: Path, jobs: int | None, comm
         for sentence in summary.conclusions:
             console.print(escape(sentence))
         console.print(f"\nReport: [bold]{escape(str(report))}[/]", soft_wrap=True)
+    return ending(outcome, len(configs), folder, command, console)
+
+
+def ending(
+    outcome: comparison.Outcome, planned: int, folder: Path, command: str, console: Console, more: str = ""
+) -> int:
+    """Says what is missing of the planned runs, and how to go on.
+
+    Args:
+        outcome: of them.
+        planned: how many there are.
+        folder: where the finished ones are.
+        command: what was typed.
+        console: to print on.
+        more: what follows from their missing.
+
+    Returns:
+        The exit code: 0 if none is, 1 if a run failed, 130 if interrupted.
+    """
     if outcome.interrupted:
-        done = f"{len(outcome.results)} of {len(configs)} runs are finished and safe in {folder}"
-        console.print(f"[yellow]Interrupted.[/] {escape(done)}. To go on: {escape(command)}", soft_wrap=True)
+        done = f"{len(outcome.results)} of {planned} runs are finished and safe in {folder}"
+        console.print(f"[yellow]Interrupted.[/] {escape(done)}{more}. To go on: {escape(command)}", soft_wrap=True)
         return 130
     if outcome.failures:
-        failed = f"{len(outcome.failures)} of {len(configs)} runs failed; the same command tries them again"
+        failed = f"{len(outcome.failures)} of {planned} runs failed; the same command tries them again{more}"
         console.print(f"[red]{failed}.[/]", soft_wrap=True)
         return 1
     return 0
@@ -194,10 +214,6 @@ def weigh(folder: Path, console: Console) -> None:
         f"second it changes accuracy by [bold]{gain:+.2f}[/] points to {found.test[found.alpha]:.2f} %",
         soft_wrap=True,
     )
-
-
-def _cores() -> int:
-    return int(machine.machine()["cores"])
 
 
 def _missing(configs: Sequence[TrainConfig], outcome: "comparison.Outcome") -> list[str]:

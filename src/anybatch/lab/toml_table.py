@@ -2,8 +2,9 @@
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
+from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -11,23 +12,29 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from anybatch.errors import AnybatchError
 from anybatch.lab.config import TrainConfig
 
-__all__ = ["Table", "field_value", "fields_of", "read_toml"]
+__all__ = ["Table", "field_value", "fields_of", "read_table", "shipped_in"]
 
 
-def read_toml(kind: str, file: Path, asked: Path, known: Iterable[str]) -> dict[str, Any]:
-    """What the file says.
+def shipped_in(package: str) -> dict[str, Path]:
+    """The TOML files in a package, by name."""
+    folder = Path(str(resources.files(package)))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem)}
+
+
+def read_table(kind: str, asked: Path, known: Mapping[str, Path]) -> "Table":
+    """What a file says.
 
     Args:
         kind: what such a file is called: "recipe".
-        file: to read.
-        asked: what was asked for, a file or a name.
-        known: names of those in the package.
+        asked: for a file, or a name.
+        known: those in the package, by name.
 
     Raises:
         AnybatchError: there is none, or it cannot be read, or it is no TOML.
     """
+    file = asked if asked.suffix == ".toml" or asked.exists() else known.get(str(asked), asked)
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return Table(kind, file, tomllib.loads(file.read_text(encoding="utf-8")))
     except (FileNotFoundError, IsADirectoryError) as error:
         raise AnybatchError(f"there is no {kind} {asked}: give a .toml file, or one of {', '.join(known)}") from error
     except OSError as error:
@@ -73,6 +80,14 @@ class Table:
         if not _fits(value, hint):
             raise self.error(key, f"is {value!r}: give {_called(hint)}")
         return value
+
+    def inner(self, key: str, default: Any = None) -> "Table":
+        """The table of a key.
+
+        Raises:
+            AnybatchError: it is missing and has no default, or is no table.
+        """
+        return Table(self.kind, self.file, self.take(key, dict, default), f"{self.prefix}{key}.")
 
     def count(self, key: str) -> int | None:
         """A whole number of at least 1, or None if the key is not there.

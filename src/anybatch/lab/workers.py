@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from anybatch.errors import AnybatchError
+from anybatch.lab import machine
 from anybatch.lab.bug_report import in_one_line, out_of_memory
 from anybatch.lab.config import TrainConfig
 from anybatch.lab.interruption import Interruption
@@ -22,9 +23,14 @@ from anybatch.lab.pictures import save
 from anybatch.lab.tasks import open_task
 from anybatch.lab.training import Progress, RunResult, run_key, train_run
 
-__all__ = ["Advanced", "Event", "Failed", "Finished", "Started", "run_all"]
+__all__ = ["Advanced", "Event", "Failed", "Finished", "Started", "jobs_for", "run_all"]
 
 REPORT_EVERY = 0.25  # seconds
+
+
+def jobs_for(device: str) -> int:
+    """Runs at a time where nobody says: one a core, on a GPU one."""
+    return machine.cores() if device == "cpu" else 1
 
 
 @dataclass(frozen=True)

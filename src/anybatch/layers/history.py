@@ -192,6 +192,9 @@ class HistoryLayer(FedLayer):
         """What so many examples have of a full window, at most all of it."""
         if self.window is not None:
             return 1 / self.window
+        return self._of_window_examples(examples)
+
+    def _of_window_examples(self, examples: int | Tensor) -> Tensor | float:
         full = examples / (self.window_examples * self.rows_per_example)
         return full.clamp_max(1) if isinstance(full, Tensor) else min(1.0, full)
 
@@ -201,8 +204,8 @@ class HistoryLayer(FedLayer):
         if self.average_reductions == 0:
             return None
         if over is None:
-            full = examples / (self.window_examples * self.rows_per_example)
-            over = full.clamp(1e-9, 1).reciprocal() if isinstance(full, Tensor) else max(1.0, 1 / full)
+            share = self._of_window_examples(examples)
+            over = share.clamp_min(1e-9).reciprocal() if isinstance(share, Tensor) else 1 / share
         return Averages(history.reductions, history.backwards, over, self.loss_scale)
 
     def history_state(self) -> dict[str, Any]:

@@ -16,14 +16,13 @@ source = "..."
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from anybatch.errors import AnybatchError
 from anybatch.lab.config import TrainConfig
 from anybatch.lab.tasks import config_class_of
-from anybatch.lab.toml_table import Table, fields_of, read_toml
+from anybatch.lab.toml_table import Table, fields_of, read_table, shipped_in
 
 __all__ = ["Published", "Recipe", "load_recipe", "read_recipe", "shipped"]
 
@@ -73,8 +72,7 @@ class Recipe:
 
 def shipped() -> dict[str, Path]:
     """The recipes in the package, by name."""
-    folder = Path(str(resources.files(__package__)))
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return shipped_in(__package__)
 
 
 def load_recipe(path: Path, config_class: type[TrainConfig]) -> dict[str, Any]:
@@ -105,24 +103,22 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         AnybatchError: there is no such recipe, it is no TOML, or something in it is unknown or does not fit.
     """
-    file = path if path.suffix == ".toml" or path.exists() else shipped().get(str(path), path)
-    content = read_toml("recipe", file, path, shipped())
-    table = Table("recipe", file, content)
+    table = read_table("recipe", path, shipped())
     task = table.take("task", str)
     try:
         config_class = config_class_of(task)
     except AnybatchError as error:
         raise table.error("task", str(error)) from error
-    data = Table("recipe", file, table.take("data", dict, {}), "data.")
+    data = table.inner("data", {})
     recipe = Recipe(
-        path=file,
+        path=table.file,
         task=task,
-        values=fields_of(Table("recipe", file, table.take("run", dict), "run."), config_class, ELSEWHERE),
+        values=fields_of(table.inner("run"), config_class, ELSEWHERE),
         processes=table.count("processes") or 1,
         images=data.count("images"),
         classes=data.count("classes"),
         published=tuple(
-            _published(Table("recipe", file, row, f"published[{place}]."))
+            _published(Table("recipe", table.file, row, f"published[{place}]."))
             for place, row in enumerate(table.take("published", list, []), 1)
         ),
     )

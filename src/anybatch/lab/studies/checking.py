@@ -14,15 +14,12 @@ from pathlib import Path
 from anybatch.errors import AnybatchError
 from anybatch.lab import machine
 from anybatch.lab.config import TrainConfig
-from anybatch.lab.display import run_name
-from anybatch.lab.studies.planning import called, value_text
+from anybatch.lab.studies.planning import namer
 from anybatch.lab.studies.publishing import published_runs
 from anybatch.lab.training import RunResult
 from anybatch.lab.workers import Failed, Finished, run_all
 
-__all__ = ["TOLERANCE", "Checked", "Published", "Sample", "check", "draw"]
-
-TOLERANCE = 3.0  # points; rounding alone moves a run by one or so, at worst by three: docs/results/f6k.md
+__all__ = ["Checked", "Published", "Sample", "check", "draw"]
 
 
 @dataclass(frozen=True)
@@ -122,11 +119,10 @@ def draw(folder: Path, rows: int, seed: int, longest: float | None = None) -> Sa
     found: dict[str, Published] = {}  # a run that several studies share is one
     for file in files:
         runs = published_runs(file)
-        varied, spreads = _varied(runs), _spreads(runs)
+        name, spreads = namer(_varied(runs)), _spreads(runs)
         for run in runs:
-            more = [f"{called(field)} {value_text(getattr(run.config, field))}" for field in varied]
-            name = ", ".join([run_name(run.config), *more])
-            found.setdefault(run.key, Published(file.stem, name, run, spreads[replace(run.config, seed=0)]))
+            published = Published(file.stem, name(run.config), run, spreads[replace(run.config, seed=0)])
+            found.setdefault(run.key, published)
     short = {key: each for key, each in found.items() if longest is None or each.run.seconds <= longest}
     here = _here({each.run.config.device for each in short.values()})
     eligible = [short[key] for key in sorted(short) if short[key].run.config.device in here]

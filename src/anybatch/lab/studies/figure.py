@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from anybatch.lab.panels import COLUMNS, panels
-from anybatch.lab.plots import colours_of, draw_line, name_lines
+from anybatch.lab.plots import DASHED, colours_of, draw_line, draw_reference, name_lines
 from anybatch.lab.statistics import Estimate
 from anybatch.lab.studies.layout import WITHOUT, Cell, Layout, lay_out, numeric
 from anybatch.lab.studies.planning import called, value_text
@@ -22,7 +22,6 @@ from anybatch.reporting.style import MARKERS, MUTED, SERIES, STYLE
 
 __all__ = ["study_figure"]
 
-DASHED: Any = (0, (5, 3))
 WIDE_ENOUGH = 4  # largest over smallest place, from which the axis is logarithmic
 AXES = {
     "batch": "images a layer sees at once",
@@ -200,10 +199,7 @@ def _reference(axes: Axes, references: dict[Any, Row], axis: _Axis, view: View) 
         axes.axhline(0, color=MUTED, linestyle=DASHED, linewidth=1.4, zorder=1.5)
         return [(0.0, name, MUTED)]
     if len(set(references.values())) == 1:
-        mean, half_width, _ = next(iter(found.values()))
-        axes.axhline(mean, color=MUTED, linestyle=DASHED, linewidth=1.4, zorder=1.5)
-        axes.axhspan(mean - (half_width or 0), mean + (half_width or 0), color=MUTED, alpha=0.12, linewidth=0)
-        return [(mean, name, MUTED)]
+        return [(draw_reference(axes, next(iter(found.values()))), name, MUTED)]
     places = sorted((axis.at(x), estimate) for x, estimate in found.items())
     x, means = [place for place, _ in places], [estimate.mean for _, estimate in places]
     widths = [estimate.half_width or 0.0 for _, estimate in places]

@@ -10,7 +10,7 @@ from anybatch.lab.statistics import Estimate
 from anybatch.lab.studies.options import has_option, option_of, without_option
 from anybatch.lab.studies.planning import Point, called, points, value_text
 from anybatch.lab.studies.reading import Study, View
-from anybatch.lab.summary import REFERENCE, Row, Summary, label, paired, summarise
+from anybatch.lab.summary import REFERENCE, Row, Summary, grouped, label, paired, summarise
 from anybatch.lab.training import RunResult
 
 __all__ = ["WITHOUT", "Cell", "Layout", "lay_out", "numeric", "summaries"]
@@ -91,10 +91,7 @@ def lay_out(study: Study, results: Sequence[RunResult], view: View) -> Layout:
     """Cells of the finished `results`, which are all of one device."""
     cells = []
     for point, summary in summaries(study, results):
-        groups: dict[tuple[str, int], dict[int, RunResult]] = {}
-        for result in results:
-            if point.has(result.config):
-                groups.setdefault((result.config.method, result.config.batch), {})[result.config.seed] = result
+        groups = grouped(result for result in results if point.has(result.config))
         rows = {(row.method, row.batch): row for row in summary.rows}
         for method in expand(point.base, study.methods):
             for batch in study.batches:

@@ -1,6 +1,6 @@
 """From a study to its runs, and about how long they take."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -77,12 +77,12 @@ def value_text(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def namer(study: Study) -> Callable[[TrainConfig], str]:
-    """What a run of the study is called: its method, batch and seed, and what of it is varied."""
+def namer(varied: Collection[str]) -> Callable[[TrainConfig], str]:
+    """What a run is called: its method, batch and seed, and the fields that are varied."""
 
     def name(config: TrainConfig) -> str:
-        varied = [f"{called(field)} {value_text(getattr(config, field))}" for field in study.vary]
-        return ", ".join([run_name(config), *varied])
+        values = [f"{called(field)} {value_text(getattr(config, field))}" for field in varied]
+        return ", ".join([run_name(config), *values])
 
     return name
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ from anybatch.lab.compare import expand
 from anybatch.lab.config import ClassifyConfig
 from anybatch.lab.networks import check_network
 from anybatch.lab.studies.options import has_option
-from anybatch.lab.toml_table import Table, field_value, fields_of, read_toml
+from anybatch.lab.toml_table import Table, field_value, fields_of, read_table, shipped_in
 
 __all__ = ["Study", "View", "read_study", "shipped"]
 
@@ -80,8 +79,7 @@ class Study:
 
 def shipped() -> dict[str, Path]:
     """The studies in the package, by name."""
-    folder = Path(str(resources.files(__package__)))
-    return {path.stem: path for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem)}
+    return shipped_in(__package__)
 
 
 def read_study(path: Path) -> Study:
@@ -93,24 +91,20 @@ def read_study(path: Path) -> Study:
     Raises:
         AnybatchError: there is no such study, it is no TOML, or something in it is unknown or does not fit.
     """
-    file = path if path.suffix == ".toml" or path.exists() else shipped().get(str(path), path)
-    table = Table("study", file, read_toml("study", file, path, shipped()))
+    table = read_table("study", path, shipped())
     title, question, get = table.take("title", str), table.take("question", str), table.take("get", str, "")
     seeds = table.count("seeds")
     if seeds is None:
         raise table.error("seeds", "is missing: add it")
     methods, batches = _several(table, "methods", str), _several(table, "batches", int)
-    base = ClassifyConfig(**fields_of(_inner(table, "base"), ClassifyConfig, ELSEWHERE))
-    vary = _varied(_inner(table, "vary"), base)
-    view = _view(_inner(table, "figure"))
+    base = ClassifyConfig(**fields_of(table.inner("base", {}), ClassifyConfig, ELSEWHERE))
+    vary = _varied(table.inner("vary", {}), base)
+    view = _view(table.inner("figure", {}))
     table.refuse_rest()
+    file = table.file
     study = Study(file.stem, file, title, question, base, methods, batches, seeds, vary, view, get)
     _check(table, study)
     return study
-
-
-def _inner(table: Table, key: str) -> Table:
-    return Table("study", table.file, table.take(key, dict, {}), f"{key}.")
 
 
 def _several(table: Table, key: str, hint: Any) -> tuple[Any, ...]:

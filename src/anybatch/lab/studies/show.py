@@ -9,14 +9,16 @@ from rich.table import Table
 
 from anybatch.errors import AnybatchError
 from anybatch.lab import machine
-from anybatch.lab.compare import Outcome, compare
+from anybatch.lab.compare import compare
 from anybatch.lab.config import TrainConfig
 from anybatch.lab.display import Display
 from anybatch.lab.studies import checking
 from anybatch.lab.studies.planning import check_data, namer, runs, seconds
 from anybatch.lab.studies.publishing import publish, write_page
 from anybatch.lab.studies.reading import read_study, shipped
+from anybatch.lab.terminal import ending
 from anybatch.lab.training import RunResult
+from anybatch.lab.workers import jobs_for
 from anybatch.reporting.page import duration
 
 __all__ = ["check", "list_studies", "run_study"]
@@ -24,7 +26,7 @@ __all__ = ["check", "list_studies", "run_study"]
 
 def list_studies(console: Console) -> None:
     """Prints the studies of the package: name, question, runs, about how long."""
-    cores = _cores()
+    cores = machine.cores()
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("Study")
     table.add_column("Question")
@@ -77,33 +79,18 @@ def run_study(
             f"--publish takes the {study.seeds} seeds that {study.path.name} says: leave out --seeds {seeds}"
         )
     configs = runs(study, seeds, device)
-    jobs = jobs or (_cores() if device == "cpu" else 1)
+    jobs = jobs or jobs_for(device)
     console.print(f"[bold]{escape(study.title)}.[/] {escape(study.question)}", soft_wrap=True)
-    outcome = compare(configs, folder, jobs, Display(console, jobs, namer(study)))
+    outcome = compare(configs, folder, jobs, Display(console, jobs, namer(study.vary)))
     if outcome.results:
         page = write_page(folder, study, outcome.results, seeds or study.seeds)
         console.print(f"Page: [bold]{escape(str(page))}[/]", soft_wrap=True)
-    if code := _unfinished(outcome, len(configs), folder, command, published, console):
+    not_yet = "" if published is None else "; a study is published when it is whole"
+    if code := ending(outcome, len(configs), folder, command, console, not_yet):
         return code
     if published is not None:
         console.print(f"Published: [bold]{escape(str(publish(published, study, outcome.results)))}[/]", soft_wrap=True)
     return 0
-
-
-def _unfinished(
-    outcome: Outcome, planned: int, folder: Path, command: str, published: Path | None, console: Console
-) -> int:
-    """Says what is missing; the exit code, 0 if nothing is."""
-    if not outcome.interrupted and not outcome.failures:
-        return 0
-    done = f"{len(outcome.results)} of {planned} runs are finished and safe in {folder}"
-    not_yet = "" if published is None else "; a study is published when it is whole"
-    if outcome.interrupted:
-        console.print(f"[yellow]Interrupted.[/] {escape(done)}{not_yet}. To go on: {escape(command)}", soft_wrap=True)
-        return 130
-    failed = f"{len(outcome.failures)} of {planned} runs failed; the same command tries them again{not_yet}"
-    console.print(f"[red]{escape(failed)}.[/]", soft_wrap=True)
-    return 1
 
 
 def check(
@@ -133,8 +120,8 @@ def check(
         ended += 1
         console.print(rf"\[{ended}/{total}] {escape(names[config])} has ended", soft_wrap=True)
 
-    on_cpu = all(config.device == "cpu" for config in names)
-    checked = checking.check(sample, jobs or (_cores() if on_cpu else 1), tolerance, tell)
+    device = next((config.device for config in names if config.device != "cpu"), "cpu")
+    checked = checking.check(sample, jobs or jobs_for(device), tolerance, tell)
     console.print(_checked(checked))
     wrong = [each for each in checked if each.wrong]
     for each in wrong:
@@ -167,10 +154,6 @@ def _checked(checked: Sequence[checking.Checked]) -> Table:
 
 def _score(run: RunResult) -> str:
     return "diverged" if run.accuracy is None else f"{run.accuracy:.4f}"
-
-
-def _cores() -> int:
-    return int(machine.machine()["cores"])
 
 
 def _rounded(time: float) -> float:
