@@ -34,7 +34,7 @@ class By(NamedTuple):
 
 
 def answer(by: Sequence[Any], f: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[Tensor]:
-    """Of :class:`Response`: for yesterday's P, today's E[p], D with today in it, today's own, and b.
+    """For yesterday's P, today's E[p], D with today in it, today's own, and b, (C,) each or (B, C) of B batches.
 
     What is taken back of 'later' is today's; what the positions do not see of it along W goes by D.
     """
@@ -47,14 +47,14 @@ def answer(by: Sequence[Any], f: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[
     today = torch.addcmul(back_mean, own, apart if lean is None else apart + lean, value=-1)
     if lean is not None:
         today = torch.addcmul(today, lean, back_var)
-    return [torch.addcmul(h, own, apart), today, of_d, back_var - own, h + back_mean]
+    return [torch.stack([torch.addcmul(h, own, apart), today]), of_d, back_var - own, h + back_mean]
 
 
 def answer_unseen(by: Sequence[Any], f: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[Tensor]:
     """The same where no position was looked at, and today's E[p] is taken to be P: for P, D and b."""
     h, _, of_d = _through(By(*by), f)
     of_b = h + f[2]
-    return [of_b, of_d, of_b]
+    return [of_b.unsqueeze(0), of_d, of_b]
 
 
 def _through(by: By, f: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

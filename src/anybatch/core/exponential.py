@@ -44,7 +44,7 @@ from .sampling import Seen
 from .taylor import by_patch
 from .tensors import at_hand, finite
 
-__all__ = ["Past", "advance"]
+__all__ = ["Past", "advance", "carry", "count", "inverse", "renew"]
 
 _TIMES = 8  # as often may rounding grow in (1 - s) / (1 - at)
 
@@ -57,7 +57,7 @@ class Past(NamedTuple):
     var: Tensor  # (C,) population
     mean_at: Tensor  # (C,) <P, W_t> + b_t, at the weights of the last batch
     var_at: Tensor  # (C,) <D, W_t>
-    per: Tensor  # (C,) 1 / var_at, or zero: see :func:`_inverse`
+    per: Tensor  # (C,) 1 / var_at, or zero: see :func:`inverse`
     patch: Tensor  # (G, K) P
     covariance: Tensor  # (C, K) D, float32 or better, or bfloat16
 
@@ -106,7 +106,7 @@ def advance(
     """
     n = now.size if rule.by_count else (now.size.sign() if isinstance(now.size, Tensor) else 1)
     looked = False if seen is None else seen.looked
-    sizes, s, at = _count(past.sizes, rule.kept, n, looked)
+    sizes, s, at = count(past.sizes, rule.kept, n, looked)
     if not rows.shape[1]:
         mean, var = blend(past.mean, past.var, now.mean, now.var, s)
         ok = _good(now, take, mean, var)
@@ -114,7 +114,7 @@ def advance(
         of_map = dict.fromkeys(("mean_at", "var_at", "per"), kept)  # which nobody reads
         new = past._replace(sizes=sizes, mean=kept, var=kept_var, **of_map)
         return _pooled(mean, var, s, now, used), None, new, ok
-    carried, own = _carry(past, seen, rows, bias, part, rule)
+    carried, own = carry(past, seen, rows, bias, part, rule)
     mean, var = blend(carried.mean, carried.var, now.mean, now.var, s)
     # Without a look it is as if the batch's positions were those of the past.
     mean_at, var_at, offset, rest = carried.mean_at, carried.var_at, carried.mean_at - now.mean, now.var
@@ -130,7 +130,7 @@ def advance(
     gap = gap if carried.var_by_patch is None else gap + carried.var_by_patch
     through = float(rule.gradient) if used is None else used.to(mean.dtype) * float(rule.gradient)
     of_carried = carried.mean_by, carried.var_by, gap
-    per = _inverse(var_at, var, mean)
+    per = inverse(var_at, var, mean)
     by = By(s, at, through, *of_carried, apart, lean, offset, rest, per)
     ok = _good(now, take, mean + mean_at, var + var_at)
     pooled = _pooled(mean, var, s, now, used)
@@ -147,12 +147,12 @@ def advance(
         lefts = torch.cat([torch.stack([-apart, apart if lean is None else apart + lean]), left]) * at
         whole = None if second is None else second * at
         keep, lefts, right, whole = _where(ok, (1 - at, lefts, patches, whole), (1.0, 0.0, 0.0, 0.0))
-        covariance = _renew(past.covariance, keep, lefts, right, whole, in_place)
+        covariance = renew(past.covariance, keep, lefts, right, whole, in_place)
         new = new._replace(patch=_where(ok, [past.patch.lerp(patch, at)], [past.patch])[0], covariance=covariance)
     return pooled, Response(patches, new.covariance, second, None if second is not None else left, by, answer), new, ok
 
 
-def _count(
+def count(
     sizes: Tensor, kept: Tensor | float, n: Tensor | float, looked: Tensor | bool
 ) -> tuple[Tensor, Tensor | float, Tensor | float]:
     """C with a batch of n in it, and what is left of C as of the last look; what share is newer than either.
@@ -191,7 +191,7 @@ def _good(now: Moments, take: Tensor | None, means: Tensor, variances: Tensor) -
     return ok if take is None else ok & take
 
 
-def _carry(
+def carry(
     past: Past, seen: Seen | None, rows: Tensor, bias: Tensor | None, part: Tensor | None, rule: Rule
 ) -> tuple[_Carried, tuple[Tensor, Tensor] | None]:
     """The past at today's weights; mean (less the reference) and variance of the positions seen on all ranks."""
@@ -230,7 +230,7 @@ def _scatter(seen: Seen, rows: Tensor) -> Tensor:
     return by_positions
 
 
-def _inverse(var_at: Tensor, var: Tensor, mean: Tensor) -> Tensor:
+def inverse(var_at: Tensor, var: Tensor, mean: Tensor) -> Tensor:
     """1 / var_at, or zero where the positions have seen too little of the variance to say how it changes.
 
     So they have where there is no more of it than rounding of the mean makes.
@@ -250,7 +250,7 @@ def _where(ok: Tensor | bool, new: Sequence[Any], old: Iterable[Any]) -> Sequenc
     return [None if a is None else torch.where(ok, a, b) for a, b in zip(new, old, strict=False)]
 
 
-def _renew(
+def renew(
     covariance: Tensor, keep: Tensor | float, left: Tensor, right: Tensor, whole: Tensor | None, in_place: bool
 ) -> Tensor:
     """Keep * covariance + sum_s left_s right_s + whole."""

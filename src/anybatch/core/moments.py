@@ -5,6 +5,7 @@ Variances are population variances (divided by m) unless the name says Bessel. E
 and never as (E[x], E[x^2]): at mean 1e4 and variance 1 the difference E[x^2] - E[x]^2 has no correct digit in float32.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ __all__ = [
     "moments",
     "pool",
     "position_mean",
+    "remaining",
+    "running_weights",
     "update_running_",
 ]
 
@@ -126,6 +129,21 @@ def _apart(mean: Tensor, new_mean: Tensor, new_var: Tensor, rate: Tensor | float
     return torch.addcmul(new_var, d, d, value=1 - rate)
 
 
+def remaining(rates: Sequence[float]) -> Tensor:
+    """What is left in each of a_t = (1 - r_t) a_(t-1) + ..., t = 0 ... B, of a_j: (B + 1, B + 1) float64.
+
+    (1 - r_(j+1)) ... (1 - r_t); zero for j > t.
+    """
+    keeps = 1 - torch.tensor([0.0, *rates], dtype=torch.float64)
+    later = torch.ones(len(keeps), len(keeps), dtype=torch.bool).tril(-1)
+    return torch.where(later, keeps.unsqueeze(1), 1.0).cumprod(0).tril()
+
+
+def running_weights(rates: Sequence[float]) -> Tensor:
+    """What of x_0, ..., x_B is in each average a_t = (1 - r_t) a_(t-1) + r_t x_t, a_0 = x_0: (B + 1, B + 1) float64."""
+    return remaining(rates) * torch.tensor([1.0, *rates], dtype=torch.float64)
+
+
 def bessel(var: Tensor, count: int | Tensor) -> Tensor:
     """Population variance of ``count`` values to the Bessel-corrected one, as torch keeps it in running_var."""
     fewer = (count - 1).clamp_min(1) if isinstance(count, Tensor) else max(count - 1, 1)
@@ -151,8 +169,8 @@ def update_running_(
     Args:
         running_mean: (C,), changed in place.
         running_var: (C,), changed in place.
-        mean: the batch's, (C,).
-        var: the batch's, (C,).
+        mean: the batch's, (C,); or (B, C) of B batches, at hand, that are taken in one after another.
+        var: likewise.
         rate: torch's momentum, the weight of the new batch, in [0, 1].
         total: whether the spread between batches counts.
         ok: a bool, on the device if need be: False leaves the running moments as they are, whatever the batch's.
@@ -162,6 +180,13 @@ def update_running_(
             return
     elif ok is not None:
         mean, var = torch.where(ok, mean, running_mean), torch.where(ok, var, running_var)
+    if mean.dim() > 1:
+        assert not isinstance(rate, Tensor)
+        shares = running_weights([rate] * len(mean))[-1, 1:]
+        whole = float(shares.sum())  # 1 - (1 - r)^B
+        shares = (shares / max(whole, 1e-30)).to(mean.dtype)
+        mean, var = pool(mean.t(), var.t(), shares) if total else (shares @ mean, shares @ var)
+        rate = whole
     if total:
         var = _apart(running_mean, mean, var, rate)
     if isinstance(rate, Tensor):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .moments import Moments
+from .moments import Moments, running_weights
 from .passes import REFERENCE, Affine, Passes
 from .ranks import Group, rank_count, total
 from .tensors import finite
@@ -40,9 +40,9 @@ class Map(NamedTuple):
 
 
 class Response(NamedTuple):
-    """What the map's weights get of f: with ``of = answer(by, f)``, I patches and the tensors that are given,
+    """What the map's weights get of f: with ``of, of_D, ..., of_b = answer(by, f)``, I patches and what is given,
 
-        dL/dW = sum_i of_i patch_i + of_I covariance + of_(I+1) (second or sum_s left_s patch_(I+s)),   dL/db = of_last
+        dL/dW = sum_i of_i patch_i + of_D covariance + of_second (second or sum_s left_s patch_(I+s)),   dL/db = of_b
 
     Of a batch spread over ranks the parts on the ranks add up to the whole.
     """
@@ -52,7 +52,7 @@ class Response(NamedTuple):
     second: Tensor | None  # (C, K)
     left: Tensor | None  # (S, C)
     by: Sequence[Tensor | float | None]
-    answer: Callable[[Sequence[Any], tuple[Tensor, Tensor, Tensor, Tensor]], Sequence[Tensor]]  # (C,) each
+    answer: Callable[[Sequence[Any], tuple[Tensor, Tensor, Tensor, Tensor]], Sequence[Tensor]]  # (I, C), then (C,) each
 
 
 class Pooled(NamedTuple):
@@ -142,8 +142,12 @@ def average_(averages: Averages, new: Tensor, inverse: Tensor) -> Tensor:
     The plain mean of the first ``over`` backwards, an exponential average with weight 1 / over from then on. A
     backward with a gradient that is not finite leaves them as they were, and so does one through moments that were
     not: of those ``inverse``, 1 / sqrt(var + eps), is zero.
+
+    Of B batches one after another ``new`` is (2, B C), and so is what is given: for each, the averages with it.
     """
     kept, backwards, over, scale = averages
+    if new.shape[1] > kept.shape[1]:
+        return _average_each_(averages, new, inverse)
     if scale is not None:
         new = new / scale
     ok = finite(new / inverse)
@@ -153,6 +157,21 @@ def average_(averages: Averages, new: Tensor, inverse: Tensor) -> Tensor:
     elif ok:
         kept.lerp_(new, 1 / min(backwards.item(), float(over)))
     return kept if scale is None else kept * scale
+
+
+def _average_each_(averages: Averages, new: Tensor, inverse: Tensor) -> Tensor:
+    kept, backwards, over, scale = averages
+    apart = new.reshape(2, -1, kept.shape[1]).transpose(0, 1)  # (B, 2, C)
+    if finite(new / inverse) is not True:
+        each = zip(apart, inverse.view(len(apart), -1), strict=True)
+        return torch.cat([average_(averages, part, its).clone() for part, its in each], 1)
+    rates = [1 / min(backwards.item() + 1 + t, float(over)) for t in range(len(apart))]
+    backwards.add_(len(apart))
+    all_of_them = torch.cat([kept.unsqueeze(0), apart if scale is None else apart / scale])
+    found: Tensor = torch.tensordot(running_weights(rates)[1:].to(kept.dtype), all_of_them, 1)
+    kept.copy_(found[-1])
+    found = found.transpose(0, 1).flatten(1)
+    return found if scale is None else found * scale
 
 
 class _NormalisePooled(torch.autograd.Function):
@@ -243,18 +262,14 @@ def _write_grad(
     grad: Tensor, of: Sequence[Tensor], patches: Tensor, covariance: Tensor, second: Tensor | None, left: Tensor | None
 ) -> None:
     """Write to (C, K) what goes by each tensor of :class:`Response`, ``of`` them."""
-    i = len(patches) - (0 if left is None else len(left))
+    lefts, of_covariance, *rest = of
     if covariance.dtype == grad.dtype:
-        torch.mul(covariance, of[i].unsqueeze(1), out=grad)
+        torch.mul(covariance, of_covariance.unsqueeze(1), out=grad)
     else:
-        grad.copy_(covariance).mul_(of[i].unsqueeze(1))
+        grad.copy_(covariance).mul_(of_covariance.unsqueeze(1))
     if second is not None:
-        grad.addcmul_(second, of[i + 1].unsqueeze(1))
-    if len(patches) == 1:
-        add_spread_(grad, of[0].unsqueeze(0), patches)
-        return
-    lefts = torch.stack(list(of[:i]))
-    add_spread_(grad, lefts if left is None else torch.cat([lefts, left * of[i + 1]]), patches)
+        grad.addcmul_(second, rest[0].unsqueeze(1))
+    add_spread_(grad, lefts if left is None else torch.cat([lefts, left * rest[0]]), patches)
 
 
 def add_spread_(to: Tensor, by_channel: Tensor, patches: Tensor) -> Tensor:

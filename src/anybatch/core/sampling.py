@@ -8,6 +8,7 @@ Where one has S positions and W, <covariance, W> is the variance of y at just th
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from .moments import channel_mean, moments
 from .pooled import spread
 from .tensors import at_hand
 
-__all__ = ["Seen", "everywhere", "looks", "nothing", "positions", "sampled"]
+__all__ = ["Seen", "SeenOfEach", "everywhere", "looks", "nothing", "positions", "sampled", "sampled_of_each"]
 
 _GOLDEN = 2654435769  # 2^32 / golden ratio
 _SILVER = 1779033704  # 2^32 (sqrt(2) - 1)
@@ -38,6 +39,17 @@ class Seen(NamedTuple):
     right: Tensor
     covariance: Tensor | None = None  # (C, K) itself, in their place
     looked: Tensor | bool = True  # False: nothing of this counts
+
+
+class SeenOfEach(NamedTuple):
+    """The same of J batches, over some positions of each."""
+
+    which: Tensor  # (J,) of how many there are
+    offset: Tensor  # (J, C)
+    spread: Tensor  # (J, C)
+    patch: Tensor  # (J, G, K)
+    left: Tensor  # (J, S, C), right: (J, S, G, K)
+    right: Tensor
 
 
 class _Places(NamedTuple):
@@ -156,6 +168,43 @@ def sampled(x: Tensor, y: Tensor, reference: Tensor, geometry: LinearMap, sample
     patch = patches.mean(0)
     left = (outputs - now.mean) / len(outputs)
     return Seen(now.mean, now.var if y.dtype == reference.dtype else None, patch, left, patches - patch)
+
+
+def sampled_of_each(
+    x: Tensor, y: Tensor, references: Tensor, geometry: LinearMap, samples: int, numbers: Sequence[int], which: Tensor
+) -> SeenOfEach:
+    """What :func:`sampled` gives for some batches of one size, of which y (B n, C, *) and x have one after another.
+
+    Args:
+        x: the map's input.
+        y: its output.
+        references: (B, C).
+        geometry: of the map.
+        samples: S, of each.
+        numbers: of the J batches to look at.
+        which: (J,) of the B they are, J >= 1.
+    """
+    n, c = len(y) // len(references), y.shape[1]
+    sizes = geometry, n, tuple(x.shape[2:]) if geometry.kernel else (), tuple(y.shape[2:]), samples
+    outputs, inputs, outside = _places_of_period(*sizes, y.device)
+    rows = torch.tensor(numbers, device=y.device) % _PERIOD
+
+    def of(t: Tensor) -> Tensor:
+        return t.index_select(0, rows).flatten(0, 1)
+
+    (first, *others), (first_in, *others_in) = [of(t) for t in outputs], [of(t) for t in inputs]
+    s = outputs[0].shape[1]
+    begins = (which * n).repeat_interleave(s)
+    found = torch.ops.aten.index(y, [first + begins, None, *others]).view(-1, s, c)
+    found = found.to(references.dtype) - references[which].unsqueeze(1)
+    first_in = first_in + begins.view(-1, *[1] * (first_in.dim() - 1))
+    patches = geometry.patches(x, [first_in, *others_in], None if outside is None else of(outside))
+    patches = patches.to(references.dtype).view(-1, s, *patches.shape[1:])
+    now = moments(found.transpose(0, 1).flatten(1))
+    offset, spread = now.mean.view(-1, c), now.var.view(-1, c)
+    patch = patches.mean(1)
+    left = (found - offset.unsqueeze(1)) / s
+    return SeenOfEach(which, offset, spread, patch, left, patches - patch.unsqueeze(1))
 
 
 def everywhere(x: Tensor, y: Tensor, mean: Tensor, var: Tensor, geometry: LinearMap, weight: Tensor) -> Seen:

@@ -186,7 +186,9 @@ def pool_entries(
 def _answer(by: Sequence[Any], f: tuple[Tensor, Tensor, Tensor, Tensor]) -> Sequence[Tensor]:
     """Of :class:`Response`, by a matrix a channel."""
     matrix: Tensor = by[0]
-    return (matrix * torch.stack(f)).sum(1).unbind()
+    of = (matrix * torch.stack(f)).sum(1)
+    patches = (len(of) - 1) // 2  # each with its covariance, and the bias
+    return of[:patches], *of[patches:].unbind()
 
 
 def _by_group(of_channels: Tensor, patch: Tensor) -> Tensor:

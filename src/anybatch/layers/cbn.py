@@ -42,6 +42,7 @@ from .config import NormConfig
 from .exponential import Exponential
 from .feed import Feed
 from .history import History, HistoryLayer, Today, as_computed
+from .parts import normalise_parts
 from .replay import first_run, once
 from .ring import Ring
 
@@ -181,18 +182,17 @@ class CrossIterationBatchNorm(HistoryLayer):
         index, feed = self.take_feed(y)
         size = self.examples_per_group * self.rows_per_example if self.examples_per_group else len(y)
         if len(y) <= size:
-            return self._part(y, index, feed, weight, bias)
-        parts = [
-            self._part(part, index, feed and feed._replace(x=feed.x[i * size : (i + 1) * size]), weight, bias)
-            for i, part in enumerate(torch.split(y, size))
-        ]
-        return torch.cat(parts)
+            return self.normalise_one(y, index, feed, weight, bias)
+        return normalise_parts(self, y, size, index, feed, weight, bias)
 
-    def _part(self, y: Tensor, index: int, feed: Feed | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def normalise_one(
+        self, y: Tensor, index: int, feed: Feed | None, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """What :meth:`standardise` does with one entry of the history."""
         passes = passes_for(y)
         own = passes.moments(y.detach())
         whole = pool_ranks(*own, len(y), self.group)
-        now, map = (own if self.group is None else whole.now), self._map(feed, own)
+        now, map = (own if self.group is None else whole.now), self.map_of(feed, own)
         history = self.history_of(index).like(now.mean)
         found = self._replay.recall(now.mean, index) if self._replay.is_second_run() else None
         if found is None:
@@ -205,7 +205,8 @@ class CrossIterationBatchNorm(HistoryLayer):
         args = (now, pooled, map, response, averages, self.group, begins, passes)
         return normalise_pooled(y, weight, bias, self.eps, *args)
 
-    def _map(self, feed: Feed | None, own: Moments) -> Map:
+    def map_of(self, feed: Feed | None, own: Moments) -> Map:
+        """What made the batch of moments ``own``, in their dtype; of no columns where nothing is compensated."""
         if feed is None or not self.compensates:
             return Map(own.mean.new_zeros(self.num_features, 0), None)
         bias = None if feed.bias is None else feed.bias.to(own.mean.dtype)
@@ -224,16 +225,23 @@ class CrossIterationBatchNorm(HistoryLayer):
         seen = history.observe(y, own, now, whole, feed)
         pooled, response, ok, new = once(self._pool, history, today, seen, 1 - share)
         history.push_(today, ok, new)
-        examples = whole.examples / self.rows_per_example
-        self.track_(now, examples, ok, total=not self.torch_running, momentum_batch=self.momentum_batch)
+        self.take_into_running_(now, whole.examples, ok)
         return pooled, response
+
+    def take_into_running_(self, now: Moments, rows: int | Tensor, ok: Tensor | bool = True) -> None:
+        """Take the moments of so many rows into the running statistics, if they are ``ok``."""
+        examples = rows / self.rows_per_example
+        self.track_(now, examples, ok, total=not self.torch_running, momentum_batch=self.momentum_batch)
+
+    def rule(self, kept: Tensor | float) -> Rule:
+        """How batches are pooled, beside which the past has the share ``kept``."""
+        return Rule(kept, self.pooling == "samples", self.second_moment, self.gradient == "history", self.group)
 
     @torch.no_grad()
     def _pool(
         self, history: History, today: Today, seen: Any, kept: Tensor | float
     ) -> tuple[Pooled, Response | None, Tensor | bool, Any]:
-        rule = Rule(kept, self.pooling == "samples", self.second_moment, self.gradient == "history", self.group)
-        pooled, response, ok, new = history.pool(today, seen, rule)
+        pooled, response, ok, new = history.pool(today, seen, self.rule(kept))
         size = today.now.size
         if (isinstance(size, Tensor) or size < 2) and self.running_mean is not None and self.running_var is not None:
             # One value has no variance, and that of a few says little: the running statistics until there are enough.

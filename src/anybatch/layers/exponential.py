@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..core.causal import advance_each
 from ..core.exponential import Past, advance
 from ..core.moments import Moments
 from ..core.pooled import Pooled, Response, Rule
 from ..core.ranks import Whole
-from ..core.sampling import Seen, everywhere, looks, nothing, sampled
+from ..core.sampling import Seen, everywhere, looks, nothing, sampled, sampled_of_each
 from ..core.tensors import at_hand
 from .feed import Feed
 from .history import History, Today
@@ -110,10 +111,51 @@ class Exponential(History):
             response = response._replace(covariance=lent)
         return pooled, response, ok, new
 
+    @torch.no_grad()
+    def take_each(
+        self, y: Tensor, now: Moments, feed: Feed, rows: Tensor, bias: Tensor | None, rule: Rule
+    ) -> tuple[Pooled, Response] | None:
+        """Pool some batches of one size, one after another, and take them in.
+
+        None, and nothing, if one of them is not finite or none is to be looked at: each is its own case then.
+
+        Args:
+            y: their outputs (B n, C, *), detached.
+            now: their moments (B, C).
+            feed: the map's run.
+            rows: W (C, K), detached.
+            bias: b (C,), detached.
+            rule: how, for each of them.
+        """
+        assert self.samples is not None
+        first, numbers, which = int(self.forwards), [], []
+        for t in range(len(now.mean)):
+            number, looked = looks(first + t, self.refresh)
+            if looked:
+                numbers.append(number)
+                which.append(t)
+        if not which:
+            return None
+        each = torch.tensor(which, dtype=torch.int64)
+        seen = sampled_of_each(feed.x, y, now.mean, feed.geometry, self.samples, numbers, each)
+        past = Past._make((self.count, *self.scalars.unbind(), self.patch, self.covariance))
+        found = advance_each(past, now, seen, rows, bias, rule)
+        if found is None:
+            return None
+        pooled, response, new = found
+        self._keep(new)
+        self._lent = None  # the graph has what was before
+        self.forwards.add_(len(now.mean))
+        return pooled, response
+
     def push_(self, today: Today, ok: Tensor | bool, new: Any) -> None:
         """Keep the new past; where the batch was not ``ok``, it is the old one."""
         if ok is False:
             return
+        self._keep(new)
+        self.forwards.add_(ok)
+
+    def _keep(self, new: Past) -> None:
         sizes, *scalars, patch, covariance = new
         tensors = sizes, torch.stack(scalars), patch, covariance
         for field, tensor in zip(self.fields, tensors, strict=False):
@@ -121,7 +163,6 @@ class Exponential(History):
                 setattr(self, field, _writable(tensor) if tensor.is_inference() else tensor)
             elif tensor.numel():  # of no dimension and in float64 it is a number to a compiler, which drops the copy
                 getattr(self, field).view(-1).copy_(tensor.view(-1))
-        self.forwards.add_(ok)
 
 
 @torch.inference_mode(False)

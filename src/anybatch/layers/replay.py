@@ -149,4 +149,4 @@ class Replay:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     """Bit for bit, nan included."""
-    return torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)

@@ -1,0 +1,103 @@
+"""A larger batch as so many rows at a time, for a Cross-Iteration BatchNorm.
+
+One after another, each as a batch of its own; or all of them at once (core/causal.py), to the same result and several
+times as fast where parts are small. At once go the parts of an exponential history that samples positions, on a CPU, in
+full precision and without a burn-in, of two values a channel or more.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..core.moments import Moments, compute_dtype
+from ..core.pooled import normalise_pooled
+from ..core.tensors import at_hand
+from ..kernels.choose import passes_for
+from .exponential import Exponential
+from .feed import Feed
+
+if TYPE_CHECKING:
+    from .cbn import CrossIterationBatchNorm
+
+__all__ = ["normalise_parts"]
+
+
+def normalise_parts(
+    norm: "CrossIterationBatchNorm",
+    y: Tensor,
+    size: int,
+    index: int,
+    feed: Feed | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Normalise y (N, C, *), ``size`` rows at a time."""
+
+    def part(i: int, j: int) -> tuple[Tensor, Feed | None]:
+        return y[i:j], feed and feed._replace(x=feed.x[i:j])
+
+    begin, out = 0, list[Tensor]()
+    whole = len(y) // size * size
+    if whole > size and feed is not None and _at_once(norm, y, size):
+        found = _together(norm, y[:whole], size, index, feed._replace(x=feed.x[:whole]), weight, bias)
+        if found is not None:
+            begin, out = whole, [found]
+    for i in range(begin, len(y), size):
+        rows, its_run = part(i, i + size)
+        out.append(norm.normalise_one(rows, index, its_run, weight, bias))
+    return torch.cat(out) if len(out) > 1 else out[0]
+
+
+def _at_once(norm: "CrossIterationBatchNorm", y: Tensor, size: int) -> bool:
+    values = size * (y[0, 0].numel() if y.dim() > 2 else 1)
+    sampled = norm.kind == "exponential" and norm.positions is not None and norm.compensates and not norm.burn_in_steps
+    plain = y.is_contiguous() and y.dtype == compute_dtype(y.dtype)
+    return sampled and plain and values > 1 and at_hand(y.detach())
+
+
+def _together(
+    norm: "CrossIterationBatchNorm",
+    y: Tensor,
+    size: int,
+    index: int,
+    feed: Feed,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor | None:
+    """All parts at once, each channel of each a channel; None: each is its own case."""
+    parts = len(y) // size
+    passes, replay = passes_for(y), norm._replay
+    folded = y.reshape(parts, size, *y.shape[1:]).transpose(0, 1).flatten(1, 2)  # (size, parts * C, *)
+    own = passes.moments(folded.detach())
+    history, map = norm.history_of(index).like(own.mean), norm.map_of(feed, own)
+    assert isinstance(history, Exponential)
+    if replay.is_second_run():
+        found = replay.recall(own.mean, index)
+    else:
+        replay.tidy()
+        now = Moments(own.mean.view(parts, -1), own.var.view(parts, -1), own.size)
+        map_bias = None if map.bias is None else map.bias.detach()
+        rule = norm.rule(1 - norm.share(size))
+        found = history.take_each(y.detach(), now, feed, map.rows.detach().flatten(1), map_bias, rule)
+        replay.remember(own.mean, index, found)
+        if found is not None:
+            _track(norm, now, size)
+    if found is None:
+        return None
+    pooled, response = found
+    weight, bias = (p if p is None else p.repeat(parts) for p in (weight, bias))
+    args = own, pooled, map, response, norm.averages(history, size), None, replay.backward_begins, passes
+    out = normalise_pooled(folded, weight, bias, norm.eps, *args)
+    return out.reshape(size, parts, *y.shape[1:]).transpose(0, 1).flatten(0, 1)
+
+
+def _track(norm: "CrossIterationBatchNorm", now: Moments, rows: int) -> None:
+    """Take the moments (B, C) of parts of so many rows into the running statistics, one after another."""
+    if norm.momentum is None:  # the rates differ
+        for mean, var in zip(*now[:2], strict=True):
+            norm.take_into_running_(Moments(mean, var, now.size), rows)
+        return
+    norm.take_into_running_(now, rows)
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(len(now.mean) - 1)
