@@ -32,12 +32,15 @@ class Way:
         reductions: examples that the reductions are averaged over.
         known: reductions of the whole step, the micro-batches to come included, which no layer can know.
         own: whether a micro-batch counts in what it is normalised by.
+        trust: count the past for no more micro-batches than it is as good as: noise of one, squared, over that of what
+            was carried, as every step measures them.
     """
 
     examples: int = 64
     reductions: int = 64
     known: bool = False
     own: bool = True
+    trust: bool = False
 
 
 @dataclass
@@ -59,6 +62,8 @@ class State:
     past: Past | None = None
     reductions: Tensor | None = None
     backwards: int = 0
+    noise: float | None = None  # of a micro-batch's mean, and of the carried one, squared, in variances; averages
+    drift: float = 0.0
     bias: list[float] = field(default_factory=list)  # carried against the step's own log variance, step by step
 
 
@@ -92,6 +97,18 @@ class CausalCBN(nn.Module):
             rows.append(before if not self.way.own and before.any() else weights)
         return torch.stack([row / row.sum() for row in rows]), weights
 
+    def trust_(self, past_mean: Tensor, past_var: Tensor, means: Tensor) -> None:
+        """Limit what the past counts by how far it was off, against the step's own mean over all micro-batches."""
+        past, state = self.state.past, self.state
+        assert past is not None
+        scale = past_var.clamp_min(1e-9)
+        noise = float((means.var(0) / scale).mean())
+        drift = float(((past_mean - means.mean(0)).square() / scale).mean()) - noise / len(means)
+        rate = 1.0 if state.noise is None else 0.1
+        state.noise = noise if state.noise is None else state.noise + rate * (noise - state.noise)
+        state.drift += rate * (drift - state.drift)
+        past.count = min(past.count, state.noise / max(state.drift, 1e-9))
+
     def averaging(self, groups: int) -> Tensor:
         """B (G, G + 1); column 0 is what the averages were before."""
         state, rows = self.state, []
@@ -122,7 +139,6 @@ class _Causal(torch.autograd.Function):
         groups, n = len(grouped), layer.batch * y[0, 0].numel()
         means, variances = grouped.mean((1, 3, 4)), grouped.var((1, 3, 4), correction=0)
         past, rows = state.past, weight.flatten(1)
-        a, counts = layer.pooling(groups)
         origin = means.mean(0)
         past_mean, past_var, slope = origin, torch.zeros_like(origin), None
         if past is not None:
@@ -132,6 +148,9 @@ class _Causal(torch.autograd.Function):
             slope = torch.where(var_at.abs() > 1e-12, past_var / var_at, 0.0)
             whole = (variances.mean(0) + means.var(0, correction=0)).clamp_min(1e-9)
             state.bias.append(float((past_var.clamp_min(1e-9).log() - whole.log()).mean()))
+            if layer.way.trust:
+                layer.trust_(past_mean, past_var, means)
+        a, counts = layer.pooling(groups)
         all_means = torch.cat([past_mean.unsqueeze(0), means]).to(D) - origin  # small numbers: squared below
         mean = a @ all_means
         squares = torch.cat([past_var.unsqueeze(0), variances]).to(D) + all_means.square()

@@ -35,6 +35,9 @@ EXPERIMENTS: dict[str, tuple[str, Way | None]] = {
     "known-reductions": ("32 examples, reductions of the whole step, known beforehand", Way(32, 32, known=True)),
     "known-statistics": ("moments of the whole step, known beforehand, reductions over 32", Way(0, 32)),
     "left-out": ("the image itself left out of its moments", Way(own=False)),
+    "trust-64": ("64 examples, the past trusted as far as it was right", Way(trust=True)),
+    "trust-512": ("512 examples, the past trusted as far as it was right", Way(512, 64, trust=True)),
+    "window-512": ("512 examples, reductions over 64", Way(512, 64)),
     "reductions-8": ("64 examples, reductions over 8", Way(64, 8)),
 }
 
@@ -110,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="experiments; all by default")
     parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("results/explore.jsonl"))
     parser.add_argument("--list", action="store_true")
@@ -121,19 +125,20 @@ def main() -> None:
         parser.error(f"there is no experiment {strange[0]!r}: choose from {', '.join(EXPERIMENTS)}")
     lines = asked.out.read_text().splitlines() if asked.out.exists() else []
     runs = [json.loads(line) for line in lines]
-    done = {(each["name"], each["seed"]) for each in runs}
-    todo = [(name, seed) for seed in range(asked.seeds) for name in asked.names or EXPERIMENTS]
+    done = {(each["name"], each["seed"], each["epochs"]) for each in runs}
+    todo = [(name, seed, asked.epochs) for seed in range(asked.seeds) for name in asked.names or EXPERIMENTS]
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     with get_context("spawn").Pool(asked.jobs) as pool:
         for found in pool.imap_unordered(_run, [each for each in todo if each not in done]):
             runs.append(found)
             write_atomically(asked.out, "".join(json.dumps(each) + "\n" for each in runs).encode())
             print(found["name"], found["seed"], found["accuracy"], flush=True)
-    print("\n".join(table(runs)))
+    print("\n".join(table([each for each in runs if each["epochs"] == asked.epochs])))
 
 
-def _run(asked: tuple[str, int]) -> dict[str, Any]:
-    return run(*asked)
+def _run(asked: tuple[str, int, int]) -> dict[str, Any]:
+    name, seed, epochs = asked
+    return run(name, seed, epochs=epochs)
 
 
 if __name__ == "__main__":

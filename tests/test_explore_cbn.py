@@ -63,6 +63,18 @@ def test_an_image_left_out_counts_for_those_after_it() -> None:
     torch.testing.assert_close(counts, torch.tensor([0, 0.75**2, 0.75, 1], dtype=D))
 
 
+def test_a_past_is_trusted_as_far_as_it_was_right() -> None:
+    """One that is off by as much as a micro-batch's own mean counts as one of them; one that is right, in full."""
+    causal = causal_cbn.CausalCBN(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), 1, causal_cbn.Way(trust=True))
+    none, one = torch.zeros(2, 1), torch.ones(2)
+    means = torch.randn(1000, 2)
+    for off, count in ((0.0, 50.0), (1.0, 1.0), (0.25**0.5, 4.0)):
+        causal.state = causal_cbn.State(causal_cbn.Past(none, none, one, one, one, 50.0))
+        causal.trust_(means.mean(0) + off, means.var(0), means)
+        assert causal.state.past is not None
+        assert causal.state.past.count == pytest.approx(count, rel=0.05)
+
+
 def test_the_page_has_what_the_published_runs_make() -> None:
     runs = [json.loads(line) for line in (PAGES / "explore" / "runs.jsonl").read_text().splitlines()]
     page = (PAGES / "explore.md").read_text()

@@ -192,7 +192,8 @@ class CrossIterationBatchNorm(HistoryLayer):
         passes = passes_for(y)
         own = passes.moments(y.detach())
         whole = pool_ranks(*own, len(y), self.group)
-        now, map = (own if self.group is None else whole.now), self.map_of(feed, own)
+        now, none = (own if self.group is None else whole.now), own.mean.new_zeros(self.num_features, 0)
+        map = feed.as_map(none.dtype) if feed is not None and self.compensates else Map(none, None)
         history = self.history_of(index).like(now.mean)
         found = self._replay.recall(now.mean, index) if self._replay.is_second_run() else None
         if found is None:
@@ -204,13 +205,6 @@ class CrossIterationBatchNorm(HistoryLayer):
         begins = None if is_compiling() else self._replay.backward_begins
         args = (now, pooled, map, response, averages, self.group, begins, passes)
         return normalise_pooled(y, weight, bias, self.eps, *args)
-
-    def map_of(self, feed: Feed | None, own: Moments) -> Map:
-        """What made the batch of moments ``own``, in their dtype; of no columns where nothing is compensated."""
-        if feed is None or not self.compensates:
-            return Map(own.mean.new_zeros(self.num_features, 0), None)
-        bias = None if feed.bias is None else feed.bias.to(own.mean.dtype)
-        return Map(feed.geometry.plain_rows(feed.weight).to(own.mean.dtype), bias)
 
     # once() needs gradients enabled: a checkpoint without them marks nothing.
     def _first(

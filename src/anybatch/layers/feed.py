@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..core.linear_map import MAPS, LinearMap
+from ..core.pooled import Map
 from ..core.tensors import version
 from ..errors import AnybatchError
 from .base import NormLayer
@@ -38,6 +39,11 @@ class Feed(NamedTuple):
     def detached(self) -> "Feed":
         """The same of a map that ran without gradients, and gets none through its norm."""
         return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
+    def as_map(self, dtype: torch.dtype) -> Map:
+        """Its weight and bias in the dtype of statistics, attached."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return Map(self.geometry.plain_rows(self.weight).to(dtype), bias)
 
 
 class Link(NamedTuple):

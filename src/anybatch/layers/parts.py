@@ -70,7 +70,7 @@ def _together(
     passes, replay = passes_for(y), norm._replay
     folded = y.reshape(parts, size, *y.shape[1:]).transpose(0, 1).flatten(1, 2)  # (size, parts * C, *)
     own = passes.moments(folded.detach())
-    history, map = norm.history_of(index).like(own.mean), norm.map_of(feed, own)
+    history, map = norm.history_of(index).like(own.mean), feed.as_map(own.mean.dtype)
     assert isinstance(history, Exponential)
     if replay.is_second_run():
         found = replay.recall(own.mean, index)
