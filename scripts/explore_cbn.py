@@ -7,14 +7,12 @@ Protocol F6k, one image at a time; causal_cbn.py computes a step's micro-batches
 """
 
 import argparse
-import json
 from collections.abc import Iterator
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 from scripts.causal_cbn import CausalCBN, Way, make_causal_
+from scripts.kept_runs import add_options, make_runs
 from torch import nn
 
 from anybatch.lab.classify import Classify, open_classify
@@ -22,13 +20,14 @@ from anybatch.lab.config import ClassifyConfig
 from anybatch.lab.data import Dataset
 from anybatch.lab.statistics import estimate
 from anybatch.lab.training import train_run
-from anybatch.reporting.files import write_atomically
 
 EXPERIMENTS: dict[str, tuple[str, Way | None]] = {
     "bn": ("BatchNorm at 32 images", None),
     "cbn": ("CBN: 64 examples, reductions over 64", Way()),
     "window-16": ("16 examples, reductions over 32", Way(16, 32)),
     "window-32": ("32 examples, reductions over 32", Way(32, 32)),
+    "window-16-64": ("16 examples, reductions over 64", Way(16, 64)),
+    "window-32-64": ("32 examples, reductions over 64", Way(32, 64)),
     "window-64": ("64 examples, reductions over 32", Way(64, 32)),
     "window-128": ("128 examples, reductions over 32", Way(128, 32)),
     "before": ("8 examples, reductions over 128: the defaults before", Way(8, 128)),
@@ -37,7 +36,7 @@ EXPERIMENTS: dict[str, tuple[str, Way | None]] = {
     "left-out": ("the image itself left out of its moments", Way(own=False)),
     "trust-64": ("64 examples, the past trusted as far as it was right", Way(trust=True)),
     "trust-512": ("512 examples, the past trusted as far as it was right", Way(512, 64, trust=True)),
-    "window-512": ("512 examples, reductions over 64", Way(512, 64)),
+    "window-512-64": ("512 examples, reductions over 64", Way(512, 64)),
     "reductions-8": ("64 examples, reductions over 8", Way(64, 8)),
 }
 
@@ -112,10 +111,7 @@ def difference(mine: dict[int, float | None], other: dict[int, float | None]) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="experiments; all by default")
-    parser.add_argument("--seeds", type=int, default=6)
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("results/explore.jsonl"))
+    add_options(parser, 6, "results/explore.jsonl")
     parser.add_argument("--list", action="store_true")
     asked = parser.parse_args()
     if asked.list:
@@ -123,17 +119,7 @@ def main() -> None:
         return
     if strange := [name for name in asked.names if name not in EXPERIMENTS]:
         parser.error(f"there is no experiment {strange[0]!r}: choose from {', '.join(EXPERIMENTS)}")
-    lines = asked.out.read_text().splitlines() if asked.out.exists() else []
-    runs = [json.loads(line) for line in lines]
-    done = {(each["name"], each["seed"], each["epochs"]) for each in runs}
-    todo = [(name, seed, asked.epochs) for seed in range(asked.seeds) for name in asked.names or EXPERIMENTS]
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    with get_context("spawn").Pool(asked.jobs) as pool:
-        for found in pool.imap_unordered(_run, [each for each in todo if each not in done]):
-            runs.append(found)
-            write_atomically(asked.out, "".join(json.dumps(each) + "\n" for each in runs).encode())
-            print(found["name"], found["seed"], found["accuracy"], flush=True)
-    print("\n".join(table([each for each in runs if each["epochs"] == asked.epochs])))
+    print("\n".join(table(make_runs(_run, asked.names or list(EXPERIMENTS), asked))))
 
 
 def _run(asked: tuple[str, int, int]) -> dict[str, Any]:
