@@ -89,6 +89,8 @@ def test_what_is_varied_has_a_reference_at_every_point(tmp_path: Path) -> None:
     [
         ("title = ", r"is no TOML \(.*\): mend it there"),
         (TINY.replace('title = "Tiny"\n', ""), "title: is missing: add it"),
+        (TINY.replace("title =", "titel ="), "title: is missing: 'titel' is no such key, correct it"),
+        (HEAD + PLAN.replace("seeds =", "seed ="), "seeds: is missing: 'seed' is no such key, correct it"),
         (HEAD + PLAN.replace("seeds = 2\n", "") + BASE, "seeds: is missing: add it"),
         (TINY.replace('"Tiny"', "3"), "title: is 3: give text in quotes"),
         (TINY.replace("seeds = 2", "seeds = 0"), "seeds: is 0: give at least 1"),

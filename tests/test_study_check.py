@@ -116,6 +116,7 @@ def test_the_draw(folder: Path, published: Path) -> None:
     folder = doctored(published, folder)
     (folder / "second.jsonl").write_text((folder / "tiny.jsonl").read_text())
     assert checking.draw(folder, 100, 0).published == 8
+    assert {each.study for each in checking.draw(folder, 100, 0, study="second").runs} == {"second"}
     (folder / "second.jsonl").unlink()
     varied = [json.loads(line) for line in (folder / "tiny.jsonl").read_text().splitlines()]
     varied[0]["config"]["lr"] = 0.25
@@ -127,7 +128,11 @@ def test_the_draw(folder: Path, published: Path) -> None:
 def test_what_cannot_be_checked(folder: Path, published: Path) -> None:
     code, output = run("--check")
     assert code == 2
-    assert "there are no published studies in docs/results/studies: give their folder, or publish one with" in output
+    assert "there are no published studies in docs/results/studies: give the folder that has some, or publish" in output
+    code, output = run("window", "--check")
+    assert code == 2
+    assert "there is no published study 'window' in docs/results/studies: give the folder" in output
+    assert "publish with anybatch study window --publish docs/results/studies" in output
     code, output = run("--check", str(published), "--longest", "0")
     assert code == 2
     assert "of 8 published runs 8 took longer than --longest and 0 need a device that is not here" in output

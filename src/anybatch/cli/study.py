@@ -21,8 +21,8 @@ def study(
     name: Annotated[
         Path | None,
         typer.Argument(
-            help="Of a study, or a .toml file of your own; none lists them. With --check: the folder of published "
-            f"studies, {PUBLISHED} if none is given.",
+            help="Of a study, or a .toml file of your own; none lists them. With --check: a study, or the folder "
+            f"of published ones, {PUBLISHED} if none is given.",
             show_default=False,
         ),
     ] = None,
@@ -58,12 +58,15 @@ def study(
     Finished runs are kept, and those that studies share are done once: the same command goes on where it was stopped.
     """
     from anybatch.lab.studies import show
+    from anybatch.lab.studies.reading import shipped
 
     typed = typed_in(context)
     console = Console(highlight=False)
     if check:
         _refuse(typed & {"out", "seeds", "device", "publish"}, "goes without --check")
-        raise typer.Exit(show.check(name or PUBLISHED, rows, seed, tolerance, longest, jobs, console))
+        one = name is not None and not name.exists() and str(name) in shipped()
+        folder, which = (PUBLISHED, str(name)) if one else (name or PUBLISHED, "*")
+        raise typer.Exit(show.check(folder, which, rows, seed, tolerance, longest, jobs, console))
     _refuse(typed & {"rows", "seed", "tolerance", "longest"}, "goes with --check")
     if name is None:
         _refuse(typed, "goes with the name of a study; 'anybatch study' lists them")

@@ -66,6 +66,13 @@ class Table:
         """The error that names file and key."""
         return AnybatchError(f"{self.kind} {self.file}: {self.prefix}{key}: {what}")
 
+    def missing(self, key: str) -> AnybatchError:
+        """The error of a key that is not there, with what may have been meant for it."""
+        close = difflib.get_close_matches(key, self.content, 1, 0.7)
+        return self.error(
+            key, f"is missing: '{close[0]}' is no such key, correct it" if close else "is missing: add it"
+        )
+
     def take(self, key: str, hint: Any, default: Any = None) -> Any:
         """The value of a key, of the type that is hinted.
 
@@ -74,7 +81,7 @@ class Table:
         """
         if key not in self.content:
             if default is None:
-                raise self.error(key, "is missing: add it")
+                raise self.missing(key)
             return default
         value = self.content.pop(key)
         if not _fits(value, hint):

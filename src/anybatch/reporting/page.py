@@ -13,15 +13,17 @@ __all__ = ["duration", "figure_element", "render"]
 
 
 def duration(seconds: float) -> str:
-    """12 -> "12 s", 192 -> "3 min 12 s", 7260 -> "2 h 1 min", 180000 -> "2 d 2 h"."""
+    """12 -> "12 s", 192 -> "3 min 12 s", 900 -> "15 min", 7260 -> "2 h 1 min", 180000 -> "2 d 2 h"."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
     if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    if seconds < 2 * 86400:
-        return f"{seconds // 3600} h {seconds % 3600 // 60} min"
-    return f"{seconds // 86400} d {seconds % 86400 // 3600} h"
+        parts = (seconds // 60, "min"), (seconds % 60, "s")
+    elif seconds < 2 * 86400:
+        parts = (seconds // 3600, "h"), (seconds % 3600 // 60, "min")
+    else:
+        parts = (seconds // 86400, "d"), (seconds % 86400 // 3600, "h")
+    return " ".join(f"{count} {unit}" for count, unit in parts if count)
 
 
 def figure_element(figure: Figure, prefix: str, scale: float | None = None) -> Markup:

@@ -98,7 +98,7 @@ class Checked:
         return ""
 
 
-def draw(folder: Path, rows: int, seed: int, longest: float | None = None) -> Sample:
+def draw(folder: Path, rows: int, seed: int, longest: float | None = None, study: str = "*") -> Sample:
     """A sample of the published runs; the same seed and files give the same.
 
     Args:
@@ -106,22 +106,26 @@ def draw(folder: Path, rows: int, seed: int, longest: float | None = None) -> Sa
         rows: to draw; all if there are fewer.
         seed: of the draw.
         longest: seconds that a run may have taken; None: any.
+        study: whose rows; all.
 
     Raises:
         AnybatchError: nothing is published there, or nothing that may be drawn, or a line is damaged.
     """
-    files = sorted(folder.glob("*.jsonl"))
+    files = sorted(folder.glob(f"{study}.jsonl"))
     if not files:
+        what, name = (
+            ("are no published studies", "NAME") if study == "*" else (f"is no published study '{study}'", study)
+        )
         raise AnybatchError(
-            f"there are no published studies in {folder}: give their folder, or publish one with "
-            f"anybatch study NAME --publish {folder}"
+            f"there {what} in {folder}: give the folder that has some, or publish with "
+            f"anybatch study {name} --publish {folder}"
         )
     found: dict[str, Published] = {}  # a run that several studies share is one
     for file in files:
         runs = published_runs(file)
-        name, spreads = namer(_varied(runs)), _spreads(runs)
+        called, spreads = namer(_varied(runs)), _spreads(runs)
         for run in runs:
-            published = Published(file.stem, name(run.config), run, spreads[replace(run.config, seed=0)])
+            published = Published(file.stem, called(run.config), run, spreads[replace(run.config, seed=0)])
             found.setdefault(run.key, published)
     short = {key: each for key, each in found.items() if longest is None or each.run.seconds <= longest}
     here = _here({each.run.config.device for each in short.values()})

@@ -17,7 +17,7 @@ __all__ = ["publish", "published_runs", "published_study", "write_page"]
 
 
 def write_page(folder: Path, study: Study, results: Sequence[RunResult], seeds: int | None = None) -> Path:
-    """Writes NAME.png, NAME.svg and NAME.md of the finished runs, at least one, into `folder`; where the page is.
+    """Writes NAME.md, its figure and its runs, NAME.jsonl, of the finished ones, at least one; where the page is.
 
     Raises:
         AnybatchError: they cannot be written.
@@ -26,6 +26,7 @@ def write_page(folder: Path, study: Study, results: Sequence[RunResult], seeds: 
     files = {
         "png": style.png(figure),
         "svg": style.svg(figure).encode(),
+        "jsonl": "".join(f"{json.dumps(result.record(), allow_nan=False)}\n" for result in results).encode(),
         "md": page(study, results, seeds).encode(),
     }
     try:
@@ -41,7 +42,7 @@ def write_page(folder: Path, study: Study, results: Sequence[RunResult], seeds: 
 
 
 def publish(folder: Path, study: Study, results: Sequence[RunResult]) -> Path:
-    """Writes the page, its figure and its runs, NAME.jsonl, into `folder`; a study of one's own goes with them.
+    """Writes the page and what goes with it into `folder`; a study of one's own goes along.
 
     Raises:
         AnybatchError: they cannot be written, or the name is taken by a study of the package.
@@ -50,8 +51,6 @@ def publish(folder: Path, study: Study, results: Sequence[RunResult]) -> Path:
         raise AnybatchError(f"{study.path} has the name of a study in the package: rename it, then publish")
     path = write_page(folder, study, results)
     try:
-        lines = "".join(f"{json.dumps(result.record(), allow_nan=False)}\n" for result in results)
-        write_atomically(folder / f"{study.name}.jsonl", lines.encode())
         if not study.shipped and study.path.resolve() != (folder / f"{study.name}.toml").resolve():
             write_atomically(folder / f"{study.name}.toml", study.path.read_bytes())
     except OSError as error:

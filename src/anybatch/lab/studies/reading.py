@@ -95,7 +95,7 @@ def read_study(path: Path) -> Study:
     title, question, get = table.take("title", str), table.take("question", str), table.take("get", str, "")
     seeds = table.count("seeds")
     if seeds is None:
-        raise table.error("seeds", "is missing: add it")
+        raise table.missing("seeds")
     methods, batches = _several(table, "methods", str), _several(table, "batches", int)
     base = ClassifyConfig(**fields_of(table.inner("base", {}), ClassifyConfig, ELSEWHERE))
     vary = _varied(table.inner("vary", {}), base)

@@ -94,9 +94,26 @@ def run_study(
 
 
 def check(
-    folder: Path, rows: int, seed: int, tolerance: float, longest: float | None, jobs: int | None, console: Console
+    folder: Path,
+    study: str,
+    rows: int,
+    seed: int,
+    tolerance: float,
+    longest: float | None,
+    jobs: int | None,
+    console: Console,
 ) -> int:
     """Runs a sample of published rows anew and prints both beside each other.
+
+    Args:
+        folder: of published studies.
+        study: whose rows; "*": of all.
+        rows: to draw.
+        seed: of the draw.
+        tolerance: points that a row may be off by where machine, versions or source are not the same.
+        longest: seconds that a run may have taken; None: any.
+        jobs: at a time; None: one a core, on a GPU one.
+        console: to print on.
 
     Returns:
         The exit code: 0, or 1 if a row is off.
@@ -106,7 +123,7 @@ def check(
     """
     if tolerance < 0:
         raise AnybatchError(f"--tolerance is {tolerance:g}: give at least 0 points")
-    sample = checking.draw(folder, rows, seed, longest)
+    sample = checking.draw(folder, rows, seed, longest, study)
     console.print(f"{len(sample.runs)} of {sample.published} published runs, drawn with seed {seed}", soft_wrap=True)
     if longest is not None:
         console.print(f"Left out: {sample.longer} that took longer than {longest:g} s")
