@@ -5,8 +5,9 @@ import multiprocessing
 import signal
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -113,8 +114,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(target=_work, args=(theirs, pictures), daemon=True)
-        with Interruption() as interruption:  # in mid-start it would leave a process that waits for its orders
-            self.process.start()
+        with Interruption() as interruption, _ctrl_c_blocked():
+            self.process.start()  # interrupted in mid-start it would leave a process that waits for its orders
         theirs.close()
         if interruption.signal is not None:
             signal.raise_signal(interruption.signal)
@@ -147,6 +148,20 @@ class _Worker:
         self.process.terminate()
         self.process.join(5)
         self.connection.close()
+
+
+@contextlib.contextmanager
+def _ctrl_c_blocked() -> Iterator[None]:
+    """A process that is started here inherits the mask, and so prints no traceback while it imports; see `_work`."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # which the first start does otherwise, and lets Ctrl-C through after
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(connection: Connection, pictures: Path | None) -> None:
