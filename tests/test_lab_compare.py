@@ -1,4 +1,6 @@
 import multiprocessing
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,7 +16,7 @@ from anybatch.lab.compare import FULL, QUICK, compare, plan, schedule
 from anybatch.lab.config import ClassifyConfig
 from anybatch.lab.display import Display
 from anybatch.lab.results import RUNS
-from anybatch.lab.workers import Event, Failed, Finished, Started, run_all
+from anybatch.lab.workers import Advanced, Event, Failed, Finished, Started, run_all
 from anybatch.methods import METHODS
 
 from .lab_fakes import image_folder, interrupted
@@ -105,6 +107,17 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path, base: C
     assert "0 of 2 runs are finished and safe" in rest.replace("\n", " ")
     assert "To go on: anybatch compare --data" in rest
     assert "Traceback" not in rest
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_a_process_that_still_imports_leaves_ctrl_c_to_its_parent(base: ClassifyConfig) -> None:
+    """Ctrl-C reaches the whole group, this one long before any line of ours has run in it."""
+    with closing(run_all([base], 1)) as events:
+        first = next(events)
+        (process,) = multiprocessing.active_children()
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+        assert [type(event) for event in (first, *events) if not isinstance(event, Advanced)] == [Started, Finished]
 
 
 def test_all_is_the_whole_table_as_fits_the_network() -> None:
