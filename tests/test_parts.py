@@ -1,12 +1,13 @@
 """A batch as so many examples at a time, all parts at once: what training on each of them by itself gives."""
 
 import copy
+import functools
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import anybatch as ab
 from anybatch.layers import parts
@@ -202,11 +203,83 @@ def test_a_graph_that_waits_keeps_what_it_was_made_with() -> None:
     torch.testing.assert_close(module.weight.grad, other.weight.grad, **ORACLE)
 
 
-def test_parts_keep_the_memory_format() -> None:
+def test_parts_keep_the_memory_format(at_once: list[bool]) -> None:
     nets, shape = pair("conv2d reflect", 2)
-    x = torch.randn(8, *shape, dtype=D).to(memory_format=torch.channels_last)
-    out = nets[1](nets[0](x))
-    assert out.is_contiguous(memory_format=torch.channels_last)
+    module, grouped, other, plain = nets
+    for _ in range(2):
+        x = torch.randn(8, *shape, dtype=D)
+        out = grouped(module(x.to(memory_format=torch.channels_last)))
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        g = torch.randn_like(out)
+        out.backward(g)
+        for i in range(0, 8, 2):
+            plain(other(x[i : i + 2])).backward(g[i : i + 2])
+    torch.testing.assert_close(module.weight.grad, other.weight.grad, **ORACLE)
+    assert at_once == [True, True]
+
+
+def test_no_part_may_be_looked_at(at_once: list[bool]) -> None:
+    """Of every nine one is: of a batch of two parts often none."""
+    nets, shape = pair("conv2d reflect", 2, refresh=9)
+    same_steps(nets, shape, 4, 2, steps=8)
+    assert at_once == [True] * 8
+
+
+def test_an_outlier_is_soon_forgotten() -> None:
+    """In float32, its rounding included: a part that is off by 10^4 leaves no trace in those long after it."""
+    outs = []
+    for dtype in (torch.float32, D):
+        torch.manual_seed(3)
+        conv = nn.Conv2d(3, 4, 3).to(dtype)
+        norm = CrossIterationBatchNorm(4, window=2, examples_per_group=1, dtype=dtype).follows(conv)
+        x = torch.randn(40, 3, 6, 6, dtype=D)
+        x[0] += 1e4
+        outs.append(norm(conv(x.to(dtype)))[20:])
+    torch.testing.assert_close(outs[0].to(D), outs[1], rtol=0, atol=1e-5)
+
+
+def test_sync_that_is_set_later_is_heard(monkeypatch: pytest.MonkeyPatch, at_once: list[bool]) -> None:
+    nets, shape = pair("conv2d reflect", 2)
+    monkeypatch.setattr(type(nets[1]), "group", "some")
+    with pytest.raises(Exception, match=r"(?i)process group|invalid group|str"):
+        nets[1](nets[0](torch.randn(8, *shape, dtype=D)))
+    assert at_once == []
+
+
+def test_nothing_is_counted_where_nothing_is_tracked() -> None:
+    nets, shape = pair("conv2d reflect", 2)
+    nets[1].track_running_stats = False
+    nets[1](nets[0](torch.randn(8, *shape, dtype=D)))
+    assert int(nets[1].num_batches_tracked) == 0
+
+
+@pytest.mark.parametrize("per_part", [1, 2])
+def test_what_comes_out_may_be_written_to(per_part: int) -> None:
+    nets, shape = pair("conv2d reflect", per_part)
+    scale = torch.ones((), dtype=D, requires_grad=True)
+    with torch.no_grad():
+        out = nets[1](nets[0](torch.randn(8, *shape, dtype=D)))
+    out.mul_(scale).sum().backward()
+    assert scale.grad is not None
+
+
+def test_a_selective_checkpoint_takes_no_product_of_ours_for_its_own() -> None:
+    """Of the matrix products that it keeps, those that only a first run makes are none."""
+    nets, shape = pair("conv2d reflect", 2)
+    w = torch.randn(5, nets[1](nets[0](torch.zeros(2, *shape, dtype=D))).flatten(1).shape[1], dtype=D)
+    x = torch.randn(8, *shape, dtype=D, requires_grad=True)
+
+    def forward(t: torch.Tensor) -> torch.Tensor:
+        return nets[1](nets[0](t)).flatten(1) @ w.t()
+
+    keep = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    state = ab.history_state_dict(nets[1])
+    grads = []
+    for context in ({}, {"use_reentrant": False, "context_fn": keep}):
+        ab.load_history_state_dict(nets[1], state)
+        out = checkpoint(forward, x, **context) if context else forward(x)
+        grads.append(torch.autograd.grad(out.square().sum(), x)[0])
+    torch.testing.assert_close(*grads, **ORACLE)
 
 
 def test_scaled_losses_leave_the_averages_as_they_were(at_once: list[bool]) -> None:

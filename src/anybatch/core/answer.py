@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["By", "answer", "answer_unseen"]
+__all__ = ["TIMES", "By", "answer", "answer_unseen"]
+
+TIMES = 8  # as often may rounding grow in (1 - s) / (1 - at)
 
 
 class By(NamedTuple):
@@ -65,10 +67,15 @@ def _through(by: By, f: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, 
     d = by.var_by * of_var
     if by.mean_by is not None:
         d = torch.addcmul(d, by.mean_by, h)
-    d = d * (past / _positive(1 - by.at))  # yesterday's D is today's, less what was added, over 1 - at
+    d = d * _at_most(past / _positive(1 - by.at))  # yesterday's D is today's, less what was added, over 1 - at
     back = torch.addcmul(by.rest * back_var, by.offset, back_mean, value=-1)
     return h * past, d, torch.addcmul(d, back, by.per)
 
 
 def _positive(number: Tensor | float) -> Tensor | float:
     return number.clamp_min(1e-30) if isinstance(number, Tensor) else max(number, 1e-30)
+
+
+def _at_most(ratio: Tensor | float) -> Tensor | float:
+    """(1 - s) / (1 - at) where a difference from one has been rounded away."""
+    return ratio.clamp_max(TIMES) if isinstance(ratio, Tensor) else ratio

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .answer import By, answer
 from .exponential import Past, carry, count, inverse, renew
-from .moments import Moments, pool, remaining, running_weights
+from .moments import Moments, blend_each, remaining
 from .pooled import Pooled, Response, Rule
 from .sampling import SeenOfEach
 from .tensors import finite
@@ -51,7 +51,7 @@ def advance_each(
     Args:
         past: all batches before.
         now: their moments (B, C), and the values a channel of each.
-        seen: of J >= 1 of them, relative to their means.
+        seen: of J of them, relative to their means.
         rows: W (C, K).
         bias: b (C,).
         rule: how; ``kept`` for each of them.
@@ -61,16 +61,16 @@ def advance_each(
         them in it. None if something is not finite: then each has to be looked at by itself.
     """
     sizes, shares, newer = _shares(past, now, seen, rule)
-    s, at = (torch.tensor(v, dtype=now.mean.dtype).unsqueeze(1) for v in (shares, newer))
+    s, at = (past.sizes.new_tensor(v).unsqueeze(1) for v in (shares, newer))
     carried, _ = carry(past, None, rows, bias, None, rule)
-    mean, var = _pool_each(carried.mean, carried.var, now.mean, now.var, shares)
+    mean, var = blend_each(carried.mean, carried.var, now.mean, now.var, shares)
     # The positions' moments; where a batch was not looked at its share of them is zero.
     looked = torch.zeros_like(at)
     looked[seen.which] = 1
     today, scatter = now.mean.clone(), torch.zeros_like(var)
     today[seen.which] += seen.offset
     scatter[seen.which] = seen.spread
-    mean_at, var_at = _pool_each(carried.mean_at, carried.var_at, today, scatter, newer)
+    mean_at, var_at = blend_each(carried.mean_at, carried.var_at, today, scatter, newer)
     if finite(mean + mean_at) is not True or finite(var + var_at) is not True:
         return None
     mean_at_before = _before(carried.mean_at, mean_at)
@@ -86,7 +86,7 @@ def advance_each(
     var_by = _before(carried.var_by, (var > 0).to(var.dtype) if rule.second_moment else var * per)
     by = By(s, at, float(rule.gradient), mean_by, var_by, gap, apart, None, offset, now.var - scatter, per)
 
-    more = _Seen(seen.left, seen.which, looked, remaining(newer).to(mean.dtype))
+    more = _Seen(seen.left, seen.which, looked, remaining(newer, mean.device).to(mean.dtype))
     patches = torch.cat([past.patch.unsqueeze(0), seen.patch, seen.right.flatten(0, 1)])
     response = Response(patches, past.covariance, None, None, [*by, *more], _answer_each)
     # The last D and P are such sums too.
@@ -113,16 +113,6 @@ def _shares(past: Past, now: Moments, seen: SeenOfEach, rule: Rule) -> tuple[lis
     return sizes.tolist(), shares, at
 
 
-def _pool_each(
-    mean: Tensor, var: Tensor, means: Tensor, variances: Tensor, shares: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """Moments (B, C) after each batch, of ``mean`` and ``var`` (C,) before the first and the batches' own (B, C)."""
-    weights = running_weights(shares)[1:].to(means.dtype)
-    all_means = torch.cat([mean.unsqueeze(0), means]) - means[0]  # near zero: what is summed is rounded
-    pooled = pool(all_means.t(), torch.cat([var.unsqueeze(0), variances]).t(), weights.unsqueeze(1))
-    return pooled[0] + means[0], pooled[1]
-
-
 def _before(first: Tensor, each: Tensor) -> Tensor:
     """(B, C) of what was there when each batch came: ``first`` (C,), then what was left by the one before."""
     return torch.cat([first.unsqueeze(0), each[:-1]])
@@ -134,8 +124,8 @@ def _answer_each(by: Sequence[Any], f: tuple[Tensor, Tensor, Tensor, Tensor]) ->
     of_mean, of_var, back_mean, back_var = (each.view_as(given.gap) for each in f)
     (yesterdays, todays), of_d, own, of_b = answer(given, (of_mean, of_var, back_mean, back_var))
     assert given.apart is not None
-    at = torch.as_tensor(given.at)
-    lefts, of_past = _of_patches(more, at, given.apart, yesterdays, todays, of_d, own)
+    assert isinstance(given.at, Tensor)
+    lefts, of_past = _of_patches(more, given.at, given.apart, yesterdays, todays, of_d, own)
     return [lefts, of_past, of_b.sum(0)]
 
 

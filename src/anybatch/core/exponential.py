@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .answer import By, answer, answer_unseen
+from .answer import TIMES, By, answer, answer_unseen
 from .moments import Moments, blend
 from .pooled import Pooled, Response, Rule, add_spread_
 from .ranks import total
@@ -45,8 +45,6 @@ from .taylor import by_patch
 from .tensors import at_hand, finite
 
 __all__ = ["Past", "advance", "carry", "count", "inverse", "renew"]
-
-_TIMES = 8  # as often may rounding grow in (1 - s) / (1 - at)
 
 
 class Past(NamedTuple):
@@ -163,13 +161,13 @@ def count(
         whole, seen = (size * kept for size in sizes.tolist())
         whole += n
         s = n / whole
-        seen, at = (whole, min(1 - seen / whole, 1 - (1 - s) / _TIMES)) if looked else (seen, 0.0)
+        seen, at = (whole, min(1 - seen / whole, 1 - (1 - s) / TIMES)) if looked else (seen, 0.0)
         return sizes.new_tensor([whole, seen]), s, at
     whole, seen = (sizes * kept).unbind()
     whole = whole + n
     least = whole.clamp_min(1)
     s = n / least
-    at = torch.minimum(1 - seen / least, 1 - (1 - s) / _TIMES) * looked
+    at = torch.minimum(1 - seen / least, 1 - (1 - s) / TIMES) * looked
     new = torch.stack([whole, torch.where(torch.as_tensor(looked, device=whole.device), whole, seen)])
     return (new, s.item(), at.item()) if at_hand(s) else (new, s, at)
 

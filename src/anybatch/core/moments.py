@@ -15,13 +15,13 @@ __all__ = [
     "Moments",
     "bessel",
     "blend",
+    "blend_each",
     "channel_mean",
     "compute_dtype",
     "moments",
     "pool",
     "position_mean",
     "remaining",
-    "running_weights",
     "update_running_",
 ]
 
@@ -121,6 +121,18 @@ def blend(
     return mean.lerp(new_mean.to(mean.dtype), rate), var.lerp(new_var.to(var.dtype), rate)
 
 
+def blend_each(
+    mean: Tensor, var: Tensor, means: Tensor, variances: Tensor, rates: Sequence[float], total: bool = True
+) -> tuple[Tensor, Tensor]:
+    """What :func:`blend` makes of ``mean`` and ``var`` (C,) and B batches (B, C), one after another: (B, C) each."""
+    left, rate = remaining(rates, mean.device), torch.tensor(rates, dtype=torch.float64, device=mean.device)
+    rate = rate.unsqueeze(1)
+    blended = left @ torch.cat([mean.unsqueeze(0).to(left.dtype), rate * means])
+    added = _apart(blended[:-1], means, variances, rate) if total else variances
+    spread = left @ torch.cat([var.unsqueeze(0).to(left.dtype), rate * added])
+    return blended[1:].to(mean.dtype), spread[1:].to(var.dtype)
+
+
 def _apart(mean: Tensor, new_mean: Tensor, new_var: Tensor, rate: Tensor | float) -> Tensor:
     """``new_var`` with what :func:`blend` adds to it."""
     d = new_mean - mean
@@ -129,19 +141,14 @@ def _apart(mean: Tensor, new_mean: Tensor, new_var: Tensor, rate: Tensor | float
     return torch.addcmul(new_var, d, d, value=1 - rate)
 
 
-def remaining(rates: Sequence[float]) -> Tensor:
+def remaining(rates: Sequence[float], device: torch.device) -> Tensor:
     """What is left in each of a_t = (1 - r_t) a_(t-1) + ..., t = 0 ... B, of a_j: (B + 1, B + 1) float64.
 
     (1 - r_(j+1)) ... (1 - r_t); zero for j > t.
     """
-    keeps = 1 - torch.tensor([0.0, *rates], dtype=torch.float64)
-    later = torch.ones(len(keeps), len(keeps), dtype=torch.bool).tril(-1)
+    keeps = 1 - torch.tensor([0.0, *rates], dtype=torch.float64, device=device)
+    later = torch.ones(len(keeps), len(keeps), dtype=torch.bool, device=device).tril(-1)
     return torch.where(later, keeps.unsqueeze(1), 1.0).cumprod(0).tril()
-
-
-def running_weights(rates: Sequence[float]) -> Tensor:
-    """What of x_0, ..., x_B is in each average a_t = (1 - r_t) a_(t-1) + r_t x_t, a_0 = x_0: (B + 1, B + 1) float64."""
-    return remaining(rates) * torch.tensor([1.0, *rates], dtype=torch.float64)
 
 
 def bessel(var: Tensor, count: int | Tensor) -> Tensor:
@@ -182,11 +189,10 @@ def update_running_(
         mean, var = torch.where(ok, mean, running_mean), torch.where(ok, var, running_var)
     if mean.dim() > 1:
         assert not isinstance(rate, Tensor)
-        shares = running_weights([rate] * len(mean))[-1, 1:]
-        whole = float(shares.sum())  # 1 - (1 - r)^B
-        shares = (shares / max(whole, 1e-30)).to(mean.dtype)
-        mean, var = pool(mean.t(), var.t(), shares) if total else (shares @ mean, shares @ var)
-        rate = whole
+        means, variances = blend_each(running_mean, running_var, mean, var, [rate] * len(mean), total)
+        running_mean.copy_(means[-1])
+        running_var.copy_(variances[-1])
+        return
     if total:
         var = _apart(running_mean, mean, var, rate)
     if isinstance(rate, Tensor):

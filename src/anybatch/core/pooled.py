@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .moments import Moments, running_weights
+from .moments import Moments, remaining
 from .passes import REFERENCE, Affine, Passes
 from .ranks import Group, rank_count, total
 from .tensors import finite
@@ -167,8 +167,9 @@ def _average_each_(averages: Averages, new: Tensor, inverse: Tensor) -> Tensor:
         return torch.cat([average_(averages, part, its).clone() for part, its in each], 1)
     rates = [1 / min(backwards.item() + 1 + t, float(over)) for t in range(len(apart))]
     backwards.add_(len(apart))
+    weights = remaining(rates, kept.device) * torch.tensor([1.0, *rates], dtype=torch.float64, device=kept.device)
     all_of_them = torch.cat([kept.unsqueeze(0), apart if scale is None else apart / scale])
-    found: Tensor = torch.tensordot(running_weights(rates)[1:].to(kept.dtype), all_of_them, 1)
+    found: Tensor = torch.tensordot(weights[1:].to(kept.dtype), all_of_them, 1)
     kept.copy_(found[-1])
     found = found.transpose(0, 1).flatten(1)
     return found if scale is None else found * scale

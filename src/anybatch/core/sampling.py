@@ -21,7 +21,17 @@ from .moments import channel_mean, moments
 from .pooled import spread
 from .tensors import at_hand
 
-__all__ = ["Seen", "SeenOfEach", "everywhere", "looks", "nothing", "positions", "sampled", "sampled_of_each"]
+__all__ = [
+    "Seen",
+    "SeenOfEach",
+    "everywhere",
+    "looks",
+    "nothing",
+    "nothing_of_each",
+    "positions",
+    "sampled",
+    "sampled_of_each",
+]
 
 _GOLDEN = 2654435769  # 2^32 / golden ratio
 _SILVER = 1779033704  # 2^32 (sqrt(2) - 1)
@@ -182,7 +192,7 @@ def sampled_of_each(
         geometry: of the map.
         samples: S, of each.
         numbers: of the J batches to look at.
-        which: (J,) of the B they are, J >= 1.
+        which: (J,) of the B they are, J >= 1; see :func:`nothing_of_each`.
     """
     n, c = len(y) // len(references), y.shape[1]
     sizes = geometry, n, tuple(x.shape[2:]) if geometry.kernel else (), tuple(y.shape[2:]), samples
@@ -222,3 +232,12 @@ def nothing(patch: Tensor, channels: int) -> Seen:
     """Of an empty batch, or where there is no map to speak of: ``patch`` (G, K) gives the shapes."""
     zeros, (groups, k) = patch.new_zeros(channels), patch.shape
     return Seen(zeros, zeros, torch.zeros_like(patch), patch.new_zeros(0, channels), patch.new_zeros(0, groups, k))
+
+
+def nothing_of_each(patch: Tensor, channels: int) -> SeenOfEach:
+    """Of batches of which none is looked at; shapes by ``patch`` (G, K)."""
+    none = patch.new_zeros(0, channels)
+    which = torch.zeros(0, dtype=torch.int64, device=patch.device)
+    return SeenOfEach(
+        which, none, none, patch.new_zeros(0, *patch.shape), none[:, None], patch.new_zeros(0, 1, *patch.shape)
+    )

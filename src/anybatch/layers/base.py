@@ -246,7 +246,7 @@ class NormLayer(SyncedLayer):
         """Take a batch's moments into the running statistics; a second run under a checkpoint takes nothing.
 
         Args:
-            now: of the batch, in the shape of the running statistics.
+            now: of the batch, in the shape of the running statistics; or of some of one size, one dimension before it.
             examples: in the batch.
             ok: a bool, on the device if need be: False leaves all as it is. By default whether the moments are finite.
             total: running_var is the total population variance; else torch's average of Bessel variances.
@@ -260,7 +260,7 @@ class NormLayer(SyncedLayer):
             ok = finite(now.mean + now.var)
             ok = ok & (now.size > 1) if isinstance(now.size, Tensor) else ok
             ok = first_run(ok, self.repeatable) if isinstance(ok, Tensor) else ok
-        self.num_batches_tracked.add_(ok)
+        self.num_batches_tracked.add_(ok * (len(now.mean) if now.mean.dim() > 1 else 1))
         rate: Tensor | float
         if self.momentum is None:
             rate = 1 / self.num_batches_tracked.clamp_min(1)

@@ -15,7 +15,7 @@ from ..core.exponential import Past, advance
 from ..core.moments import Moments
 from ..core.pooled import Pooled, Response, Rule
 from ..core.ranks import Whole
-from ..core.sampling import Seen, everywhere, looks, nothing, sampled, sampled_of_each
+from ..core.sampling import Seen, everywhere, looks, nothing, nothing_of_each, sampled, sampled_of_each
 from ..core.tensors import at_hand
 from .feed import Feed
 from .history import History, Today
@@ -117,7 +117,7 @@ class Exponential(History):
     ) -> tuple[Pooled, Response] | None:
         """Pool some batches of one size, one after another, and take them in.
 
-        None, and nothing, if one of them is not finite or none is to be looked at: each is its own case then.
+        None, and nothing, if one of them is not finite: each is its own case then.
 
         Args:
             y: their outputs (B n, C, *), detached.
@@ -134,10 +134,10 @@ class Exponential(History):
             if looked:
                 numbers.append(number)
                 which.append(t)
-        if not which:
-            return None
-        each = torch.tensor(which, dtype=torch.int64)
-        seen = sampled_of_each(feed.x, y, now.mean, feed.geometry, self.samples, numbers, each)
+        seen = nothing_of_each(self.patch, now.mean.shape[1])
+        if which:
+            each = torch.tensor(which, dtype=torch.int64, device=y.device)
+            seen = sampled_of_each(feed.x, y, now.mean, feed.geometry, self.samples, numbers, each)
         past = Past._make((self.count, *self.scalars.unbind(), self.patch, self.covariance))
         found = advance_each(past, now, seen, rows, bias, rule)
         if found is None:

@@ -1,16 +1,18 @@
 """A larger batch as so many rows at a time, for a Cross-Iteration BatchNorm.
 
 One after another, each as a batch of its own; or all of them at once (core/causal.py), to the same result and several
-times as fast where parts are small. At once go the parts of an exponential history that samples positions, on a CPU, in
-full precision and without a burn-in, of two values a channel or more.
+times as fast where parts are small. At once go the parts of an exponential history that compensates and samples
+positions, on a CPU, in float32 or float64, without ranks or a burn-in, of two values a channel or more, all finite.
 """
 
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..core.moments import Moments, compute_dtype
+from ..core.passes import dense, dense_like
 from ..core.pooled import normalise_pooled
 from ..core.tensors import at_hand
 from ..kernels.choose import passes_for
@@ -52,8 +54,8 @@ def normalise_parts(
 def _at_once(norm: "CrossIterationBatchNorm", y: Tensor, size: int) -> bool:
     values = size * (y[0, 0].numel() if y.dim() > 2 else 1)
     sampled = norm.kind == "exponential" and norm.positions is not None and norm.compensates and not norm.burn_in_steps
-    plain = y.is_contiguous() and y.dtype == compute_dtype(y.dtype)
-    return sampled and plain and values > 1 and at_hand(y.detach())
+    here = norm.group is None and at_hand(y.detach()) and y.dtype == compute_dtype(y.dtype)
+    return sampled and here and values > 1
 
 
 def _together(
@@ -73,15 +75,16 @@ def _together(
     history, map = norm.history_of(index).like(own.mean), feed.as_map(own.mean.dtype)
     assert isinstance(history, Exponential)
     if replay.is_second_run():
-        found = replay.recall(own.mean, index)
+        found = replay.recall(own.mean, index) if replay.knows(own.mean, index) else None
     else:
         replay.tidy()
         now = Moments(own.mean.view(parts, -1), own.var.view(parts, -1), own.size)
         map_bias = None if map.bias is None else map.bias.detach()
         rule = norm.rule(1 - norm.share(size))
-        found = history.take_each(y.detach(), now, feed, map.rows.detach().flatten(1), map_bias, rule)
-        replay.remember(own.mean, index, found)
+        with _disable_current_modes():  # of what a selective checkpoint keeps, a second run asks for none
+            found = history.take_each(y.detach(), now, feed, map.rows.detach().flatten(1), map_bias, rule)
         if found is not None:
+            replay.remember(own.mean, index, found)
             _track(norm, now, size)
     if found is None:
         return None
@@ -89,7 +92,11 @@ def _together(
     weight, bias = (p if p is None else p.repeat(parts) for p in (weight, bias))
     args = own, pooled, map, response, norm.averages(history, size), None, replay.backward_begins, passes
     out = normalise_pooled(folded, weight, bias, norm.eps, *args)
-    return out.reshape(size, parts, *y.shape[1:]).transpose(0, 1).flatten(0, 1)
+    if size == 1:  # no view: a ReLU may write to it
+        out = torch.ops.aten._unsafe_view(out, list(y.shape))
+    else:
+        out = out.reshape(size, parts, *y.shape[1:]).transpose(0, 1).flatten(0, 1)
+    return dense_like(out, dense(y.detach())[1])
 
 
 def _track(norm: "CrossIterationBatchNorm", now: Moments, rows: int) -> None:
@@ -99,5 +106,3 @@ def _track(norm: "CrossIterationBatchNorm", now: Moments, rows: int) -> None:
             norm.take_into_running_(Moments(mean, var, now.size), rows)
         return
     norm.take_into_running_(now, rows)
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(len(now.mean) - 1)
