@@ -83,9 +83,10 @@ def _together(
         rule = norm.rule(1 - norm.share(size))
         with _disable_current_modes():  # of what a selective checkpoint keeps, a second run asks for none
             found = history.take_each(y.detach(), now, feed, map.rows.detach().flatten(1), map_bias, rule)
+            if found is not None:
+                _track(norm, now, size)
         if found is not None:
             replay.remember(own.mean, index, found)
-            _track(norm, now, size)
     if found is None:
         return None
     pooled, response = found
