@@ -15,11 +15,21 @@ from .lab_fakes import image_folder
 
 COMPARE = [
     *["--method", "--batch", "--seeds", "--data", "--train-images", "--test-images", "--image-size", "--epochs"],
-    *["--network", "--lr", "--mode", "--device", "--norm-weight-decay", "--jobs", "--out", "--quick"],
+    *["--network", "--augment", "--lr", "--mode", "--device", "--norm-weight-decay", "--jobs", "--out", "--quick"],
 ]
 TRAIN = [
     *["--out", "--method", "--batch", "--seed", "--data", "--train-images", "--test-images", "--image-size"],
-    *["--epochs", "--network", "--lr", "--mode", "--device", "--norm-weight-decay", "--save-every", "--resume"],
+    *[
+        "--epochs",
+        "--network",
+        "--augment",
+        "--lr",
+        "--mode",
+        "--device",
+        "--norm-weight-decay",
+        "--save-every",
+        "--resume",
+    ],
     *["--recipe", "--dry-run"],
 ]
 BENCH = [

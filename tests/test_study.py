@@ -140,7 +140,7 @@ def test_a_wrong_file_is_one_clear_error(tmp_path: Path, text: str, message: str
 
 
 def test_no_such_study() -> None:
-    with pytest.raises(AnybatchError, match=r"there is no study windw: give a .toml file, or one of batch-size, "):
+    with pytest.raises(AnybatchError, match=r"there is no study windw: give a .toml file, or one of augmented, "):
         read_study(Path("windw"))
 
 

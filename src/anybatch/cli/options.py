@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 __all__ = [
-    *("Batches", "Checkpoint", "Compare", "Data", "Device", "DryRun", "Epochs", "GradientBatch", "GradientMode"),
+    *(
+        "Augment",
+        "Batches",
+        "Checkpoint",
+        "Compare",
+        "Data",
+        "Device",
+        "DryRun",
+        "Epochs",
+        "GradientBatch",
+        "GradientMode",
+    ),
     *("ImageSize", "Jobs", "LearningRate", "MethodName", "Methods", "MicroBatches", "Mode", "Model", "Network"),
     *("NormBatches", "NormWeightDecay", "Recipe", "Resume", "SaveEvery", "Seed", "Seeds", "TaskMode", "TaskRate"),
     *("TestImages", "TrainImages", "TrainingRate", "WeightDecay", "typed_in"),
@@ -33,6 +44,9 @@ Data = Annotated[
 TrainImages = Annotated[int | None, typer.Option(help="Train on only the first so many.", show_default="all")]
 TestImages = Annotated[int | None, typer.Option(help="Test on only the first so many.", show_default="all")]
 ImageSize = Annotated[int, typer.Option(help="Pixels a side that the images of a folder are resized to.")]
+Augment = Annotated[
+    bool, typer.Option("--augment", help="Shift training images by up to 4 pixels, and mirror half of them.")
+]
 Network = Annotated[str, typer.Option(help="'small-resnet', 'wide-resnet', 'deep-resnet' or 'resnet18'.")]
 LearningRate = Annotated[float, typer.Option(help="For a gradient batch of 32; falls to 0 along a cosine.")]
 GradientMode = Annotated[

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from anybatch.cli.app import app
 from anybatch.cli.options import (
+    Augment,
     Data,
     Device,
     DryRun,
@@ -54,6 +55,7 @@ def compare(
     image_size: ImageSize = 64,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
     network: Network = "small-resnet",
+    augment: Augment = False,
     lr: LearningRate = 0.1,
     mode: GradientMode = Mode.accumulate,
     device: Device = "cpu",
@@ -78,6 +80,7 @@ def compare(
         test_images=test_images,
         image_size=image_size,
         network=network,
+        augment=augment,
         epochs=epochs or preset.epochs,
         lr=lr,
         mode=mode.value,
@@ -104,6 +107,7 @@ def train(
     image_size: ImageSize = 64,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 3,
     network: Network = "small-resnet",
+    augment: Augment = False,
     lr: LearningRate = 0.1,
     mode: GradientMode = Mode.accumulate,
     device: Device = "cpu",
@@ -131,6 +135,7 @@ def train(
         "test_images": test_images,
         "image_size": image_size,
         "network": network,
+        "augment": augment,
         "epochs": epochs,
         "lr": lr,
         "mode": mode.value,

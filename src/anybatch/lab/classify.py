@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from anybatch.convert import convert_
 from anybatch.lab import networks
+from anybatch.lab.augment import augmented
 from anybatch.lab.config import ClassifyConfig
 from anybatch.lab.data import Dataset, load
 from anybatch.lab.task import Scores, Split, Task
@@ -45,6 +46,9 @@ class Classify(Task[ClassifyConfig]):
     def batch(self, indices: Tensor, seen: int) -> tuple[Tensor, Tensor]:
         """Normalised images and their labels."""
         images = self.dataset.train_images[indices].to(self.config.device)
+        if self.config.augment:
+            epoch = seen // (self.config.updates(self.train_count) * self.config.gradient_batch)
+            images = augmented(images, indices, self.config.seed, epoch, self.train_count)
         return self.dataset.normalise(images), self.dataset.train_labels[indices].to(self.config.device)
 
     def batches(self, indices: Tensor, count: int, seen: int) -> list[tuple[Tensor, Tensor]]:

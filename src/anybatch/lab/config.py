@@ -97,6 +97,7 @@ class TrainConfig:
             "warmup_steps": 0,
             "clip": None,
             "warmup_start": self.warmup_start if self.warmup_steps == 0 else None,
+            "augment": False,
         }
         return {name: value for name, value in self.record().items() if name not in later or value != later[name]}
 
@@ -135,6 +136,7 @@ class ClassifyConfig(TrainConfig):
     Attributes:
         train_images: only the first so many; None is all. Likewise `test_images`.
         image_size: pixels a side that the images of a folder are resized to.
+        augment: shift training images by up to four pixels, and mirror half of them.
     """
 
     task = "classify"
@@ -146,6 +148,7 @@ class ClassifyConfig(TrainConfig):
     test_images: int | None = None
     image_size: int = 64
     network: str = "small-resnet"
+    augment: bool = False
 
     def all_methods(self) -> tuple[str, ...]:
         """Every method of the table, as typed, with options that fit the network's channels."""
