@@ -41,17 +41,17 @@ class _Seen(NamedTuple):
 def advance_each(
     past: Past,
     now: Moments,
-    seen: SeenOfEach,
+    seen: SeenOfEach | None,
     rows: Tensor,
     bias: Tensor | None,
     rule: Rule,
-) -> tuple[Pooled, Response, Past] | None:
+) -> tuple[Pooled, Response | None, Past] | None:
     """Pool B batches of one size with the past, and each with those before it.
 
     Args:
         past: all batches before.
         now: their moments (B, C), and the values a channel of each.
-        seen: of J of them, relative to their means.
+        seen: of J of them, relative to their means; None: there is no map to carry the past by.
         rows: W (C, K).
         bias: b (C,).
         rule: how; ``kept`` for each of them.
@@ -62,6 +62,12 @@ def advance_each(
     """
     sizes, shares, newer = _shares(past, now, seen, rule)
     s, at = (past.sizes.new_tensor(v).unsqueeze(1) for v in (shares, newer))
+    if seen is None:
+        mean, var = blend_each(past.mean, past.var, now.mean, now.var, shares)
+        pooled = Pooled(mean.flatten(), var.flatten(), s.expand_as(mean).flatten())
+        of_map = dict.fromkeys(("mean_at", "var_at", "per"), mean[-1])  # which nobody reads
+        new = past._replace(sizes=past.sizes.new_tensor(sizes), mean=mean[-1], var=var[-1], **of_map)
+        return (pooled, None, new) if finite(mean + var) is True else None
     carried, _ = carry(past, None, rows, bias, None, rule)
     mean, var = blend_each(carried.mean, carried.var, now.mean, now.var, shares)
     # The positions' moments; where a batch was not looked at its share of them is zero.
@@ -102,10 +108,13 @@ def advance_each(
     return pooled, response, new
 
 
-def _shares(past: Past, now: Moments, seen: SeenOfEach, rule: Rule) -> tuple[list[float], list[float], list[float]]:
+def _shares(
+    past: Past, now: Moments, seen: SeenOfEach | None, rule: Rule
+) -> tuple[list[float], list[float], list[float]]:
     """What is counted in the end, and the shares s and at of every batch."""
     n = float(now.size) if rule.by_count else 1.0
-    looked, sizes, shares, at = set(seen.which.tolist()), past.sizes, [], []
+    looked = set() if seen is None else set(seen.which.tolist())
+    sizes, shares, at = past.sizes, list[float](), list[float]()
     for t in range(len(now.mean)):
         sizes, s, newer = count(sizes, rule.kept, n, t in looked)
         shares.append(float(s))

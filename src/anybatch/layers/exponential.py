@@ -15,7 +15,7 @@ from ..core.exponential import Past, advance
 from ..core.moments import Moments
 from ..core.pooled import Pooled, Response, Rule
 from ..core.ranks import Whole
-from ..core.sampling import Seen, everywhere, looks, nothing, nothing_of_each, sampled, sampled_of_each
+from ..core.sampling import Seen, SeenOfEach, everywhere, looks, nothing, nothing_of_each, sampled, sampled_of_each
 from ..core.tensors import at_hand
 from .feed import Feed
 from .history import History, Today
@@ -113,8 +113,8 @@ class Exponential(History):
 
     @torch.no_grad()
     def take_each(
-        self, y: Tensor, now: Moments, feed: Feed, rows: Tensor, bias: Tensor | None, rule: Rule
-    ) -> tuple[Pooled, Response] | None:
+        self, y: Tensor, now: Moments, feed: Feed | None, rows: Tensor, bias: Tensor | None, rule: Rule
+    ) -> tuple[Pooled, Response | None] | None:
         """Pool some batches of one size, one after another, and take them in.
 
         None, and nothing, if one of them is not finite: each is its own case then.
@@ -122,22 +122,12 @@ class Exponential(History):
         Args:
             y: their outputs (B n, C, *), detached.
             now: their moments (B, C).
-            feed: the map's run.
+            feed: the map's run; None where nothing is compensated.
             rows: W (C, K), detached.
             bias: b (C,), detached.
             rule: how, for each of them.
         """
-        assert self.samples is not None
-        first, numbers, which = int(self.forwards), [], []
-        for t in range(len(now.mean)):
-            number, looked = looks(first + t, self.refresh)
-            if looked:
-                numbers.append(number)
-                which.append(t)
-        seen = nothing_of_each(self.patch, now.mean.shape[1])
-        if which:
-            each = torch.tensor(which, dtype=torch.int64, device=y.device)
-            seen = sampled_of_each(feed.x, y, now.mean, feed.geometry, self.samples, numbers, each)
+        seen = None if feed is None else self._observe_each(y, now, feed)
         past = Past._make((self.count, *self.scalars.unbind(), self.patch, self.covariance))
         found = advance_each(past, now, seen, rows, bias, rule)
         if found is None:
@@ -147,6 +137,19 @@ class Exponential(History):
         self._lent = None  # the graph has what was before
         self.forwards.add_(len(now.mean))
         return pooled, response
+
+    def _observe_each(self, y: Tensor, now: Moments, feed: Feed) -> SeenOfEach:
+        assert self.samples is not None
+        first, numbers, which = int(self.forwards), [], []
+        for t in range(len(now.mean)):
+            number, looked = looks(first + t, self.refresh)
+            if looked:
+                numbers.append(number)
+                which.append(t)
+        if not which:
+            return nothing_of_each(self.patch, now.mean.shape[1])
+        each = torch.tensor(which, dtype=torch.int64, device=y.device)
+        return sampled_of_each(feed.x, y, now.mean, feed.geometry, self.samples, numbers, each)
 
     def push_(self, today: Today, ok: Tensor | bool, new: Any) -> None:
         """Keep the new past; where the batch was not ``ok``, it is the old one."""

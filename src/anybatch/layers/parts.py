@@ -1,8 +1,8 @@
 """A larger batch as so many rows at a time, for a Cross-Iteration BatchNorm.
 
 One after another, each as a batch of its own; or all of them at once (core/causal.py), to the same result and several
-times as fast where parts are small. At once go the parts of an exponential history that compensates and samples
-positions, on a CPU, in float32 or float64, without ranks or a burn-in, of two values a channel or more, all finite.
+times as fast where parts are small. At once go the parts of an exponential history that samples positions, or needs
+none, on a CPU, in float32 or float64, without ranks or a burn-in, of two values a channel or more, all finite.
 """
 
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..core.moments import Moments, compute_dtype
 from ..core.passes import dense, dense_like
-from ..core.pooled import normalise_pooled
+from ..core.pooled import Map, normalise_pooled
 from ..core.tensors import at_hand
 from ..kernels.choose import passes_for
 from .exponential import Exponential
@@ -41,8 +41,9 @@ def normalise_parts(
 
     begin, out = 0, list[Tensor]()
     whole = len(y) // size * size
-    if whole > size and feed is not None and _at_once(norm, y, size):
-        found = _together(norm, y[:whole], size, index, feed._replace(x=feed.x[:whole]), weight, bias)
+    if whole > size and _at_once(norm, y, size):
+        its, its_run = part(0, whole)
+        found = _together(norm, its, size, index, its_run if norm.compensates else None, weight, bias)
         if found is not None:
             begin, out = whole, [found]
     for i in range(begin, len(y), size):
@@ -53,7 +54,8 @@ def normalise_parts(
 
 def _at_once(norm: "CrossIterationBatchNorm", y: Tensor, size: int) -> bool:
     values = size * (y[0, 0].numel() if y.dim() > 2 else 1)
-    sampled = norm.kind == "exponential" and norm.positions is not None and norm.compensates and not norm.burn_in_steps
+    sampled = norm.positions is not None or not norm.compensates
+    sampled = sampled and norm.kind == "exponential" and not norm.burn_in_steps
     here = norm.group is None and at_hand(y.detach()) and y.dtype == compute_dtype(y.dtype)
     return sampled and here and values > 1
 
@@ -63,7 +65,7 @@ def _together(
     y: Tensor,
     size: int,
     index: int,
-    feed: Feed,
+    feed: Feed | None,
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor | None:
@@ -72,7 +74,8 @@ def _together(
     passes, replay = passes_for(y), norm._replay
     folded = y.reshape(parts, size, *y.shape[1:]).transpose(0, 1).flatten(1, 2)  # (size, parts * C, *)
     own = passes.moments(folded.detach())
-    history, map = norm.history_of(index).like(own.mean), feed.as_map(own.mean.dtype)
+    history, none = norm.history_of(index).like(own.mean), own.mean.new_zeros(y.shape[1], 0)
+    map = Map(none, None) if feed is None else feed.as_map(none.dtype)
     assert isinstance(history, Exponential)
     if replay.is_second_run():
         found = replay.recall(own.mean, index) if replay.knows(own.mean, index) else None
@@ -91,7 +94,8 @@ def _together(
         return None
     pooled, response = found
     weight, bias = (p if p is None else p.repeat(parts) for p in (weight, bias))
-    args = own, pooled, map, response, norm.averages(history, size), None, replay.backward_begins, passes
+    averages = None if response is None else norm.averages(history, size)
+    args = own, pooled, map, response, averages, None, replay.backward_begins, passes
     out = normalise_pooled(folded, weight, bias, norm.eps, *args)
     if size == 1:  # no view: a ReLU may write to it
         out = torch.ops.aten._unsafe_view(out, list(y.shape))
