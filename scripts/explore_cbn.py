@@ -32,6 +32,7 @@ EXPERIMENTS: dict[str, tuple[str, Way | None]] = {
     "window-128": ("128 examples, reductions over 32", Way(128, 32)),
     "before": ("8 examples, reductions over 128: the defaults before", Way(8, 128)),
     "known-reductions": ("32 examples, reductions of the whole step, known beforehand", Way(32, 32, known=True)),
+    "known-reductions-64": ("64 examples, reductions of the whole step, known beforehand", Way(known=True)),
     "known-statistics": ("moments of the whole step, known beforehand, reductions over 32", Way(0, 32)),
     "left-out": ("the image itself left out of its moments", Way(own=False)),
     "trust-64": ("64 examples, the past trusted as far as it was right", Way(trust=True)),
