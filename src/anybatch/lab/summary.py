@@ -16,6 +16,7 @@ REFERENCE = "bn"  # at the gradient batch
 PERCENT = "\N{NO-BREAK SPACE}%"
 BESIDES = {"frozen": "Frozen BN"}  # what a task knows besides the table of methods
 WIDE = 3.0  # points: an interval wider to each side says that seeds are too few, not that methods are alike
+FEW = 4  # variants of one method that are each worth a sentence
 
 
 def label(method: str) -> str:
@@ -154,8 +155,11 @@ def _conclusions(rows: Sequence[Row], measure: str) -> tuple[str, ...]:
         sentences = [_sentence(collapsed, f"At batch {smallest}, BatchNorm", at)]
     if others:
         best = max(others, key=lambda row: row.accuracy.mean if row.accuracy else 0.0)
-        which = f"{best.label}, the best of {len(others)} other methods there," if len(others) > 1 else best.label
-        sentences.append(_sentence(best, f"At batch {smallest}, {which}", at))
+        if len({row.method.partition("(")[0] for row in others}) == 1 and len(others) <= FEW:
+            sentences += [_sentence(row, f"At batch {smallest}, {row.label}", at) for row in others]
+        else:
+            which = f"{best.label}, the best of {len(others)} other methods there,"
+            sentences.append(_sentence(best, f"At batch {smallest}, {which}", at))
     if bad := [f"{row.label} at batch {row.batch}" for row in rows if row.diverged]:
         sentences.append(f"Diverged, and not in any mean: {', '.join(bad)}.")
     return tuple(sentences)

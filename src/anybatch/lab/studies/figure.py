@@ -129,7 +129,10 @@ def _draw(
         below += [(axis.at(x), mean, colour) for x, mean in _means(cells, view) if mean < floor]
         if (end := draw_line(axes, _points(list(cells.values()), axis, view, shift), colour, marker)) is not None:
             ends.append((end, line, colour))
-        if WITHOUT in cells and (estimate := _estimate(cells[WITHOUT], view)) is not None:
+        across = cells.get(WITHOUT)
+        if across is None or (across.row is not None and across.row.is_reference):  # which is drawn already
+            continue
+        if (estimate := _estimate(across, view)) is not None:
             axes.axhline(estimate.mean, color=colour, linewidth=1.4)
             if estimate.mean < floor and axis.values:
                 below.append((axis.at(axis.values[0]), estimate.mean, colour))

@@ -82,7 +82,8 @@ def _tables(study: Study, results: Sequence[RunResult], seeds: int) -> list[str]
         above = [] if alone else [("**reference**", {x: _score(row, seeds) for x, row in references.items()})]
         parts.append(_table(head, layout, panel, view, lambda cell: _score(cell.row, seeds), above))
         parts.append(_table("difference to the reference", layout, panel, view, _difference))
-        if REFERENCE in {cell.method for cell in layout.cells} and len({cell.method for cell in layout.cells}) > 1:
+        plain = [cell for cell in layout.cells if cell.method == REFERENCE and cell.row is not None]
+        if any(cell.row is not None and not cell.row.is_reference for cell in plain) and len(plain) < len(layout.cells):
             table = _table("difference to BatchNorm at the same batch", layout, panel, view, _to_batchnorm)
             parts.append(table)
     return parts
