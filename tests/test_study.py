@@ -102,7 +102,7 @@ def test_what_is_varied_has_a_reference_at_every_point(tmp_path: Path) -> None:
         (TINY.replace('"cbn"', '"cnb"'), "methods: unknown method 'cnb'; did you mean cbn"),
         (TINY.replace('"cbn"', '"cbn(windw=2)"'), "methods: method 'cbn.windw=2.': .*windw.*the options of cbn are"),
         ("color = 1\n" + TINY, "color: there is no such key: correct or remove it"),
-        (TINY + "epoch = 2\n", "base.epoch: 'classify' has no such option: did you mean 'epochs'"),
+        (TINY + "epoch = 2\n", "base.epoch: a run of 'classify' has no such option: did you mean 'epochs'"),
         (TINY + 'lr = "high"\n', "base.lr: is 'high': give a number"),
         (TINY + "lr = 0\n", "lr is 0.0: give a number above 0"),
         (TINY + "seed = 1\n", "base.seed: it differs between the runs: give seeds = 5"),
@@ -114,12 +114,12 @@ def test_what_is_varied_has_a_reference_at_every_point(tmp_path: Path) -> None:
         (TINY + "[vary]\nlr = []\n", "vary.lr: is empty: give at least one"),
         (TINY + "[vary]\nlr = [0.1, -1]\n", "vary.lr: lr is -1.0: give a number above 0"),
         (TINY + '[vary]\nnetwork = ["no"]\n', "vary.network: there is no network 'no'"),
-        (TINY + "[vary]\nlrs = [1]\n", "vary.lrs: 'classify' has no such option: did you mean 'lr'"),
+        (TINY + "[vary]\nlrs = [1]\n", "vary.lrs: a run of 'classify' has no such option: did you mean 'lr'"),
         (TINY + "[vary]\nbatch = [1]\n", "vary.batch: it differs between the runs"),
         (TINY + '[vary]\ndata = ["a", "b"]\n', "vary.data: a study is of one data set: give it in .base."),
         (TINY + "[vary]\nlr = [0.1, 0.2]\n", "vary.lr: the figure does not show it: make it figure.x or figure.panels"),
         (TINY + "[vary]\ngradient_batch = [48]\n", "batches: batch 32 does not divide the gradient batch 48"),
-        (TINY + 'vary = 3\n[figure]\nx = "lr"\n', "base.vary: 'classify' has no such option"),
+        (TINY + 'vary = 3\n[figure]\nx = "lr"\n', "base.vary: a run of 'classify' has no such option"),
         ("vary = 3\n" + TINY, "vary: is 3: give a table"),
         (TINY + '[figure]\nx = "windw"\n', "figure.x: is 'windw', which no method has as an option: give 'batch', or"),
         (TINY + '[figure]\npanels = "seed"\n', "figure.panels: is 'seed': give 'method' or 'batch'"),
@@ -140,7 +140,7 @@ def test_a_wrong_file_is_one_clear_error(tmp_path: Path, text: str, message: str
 
 
 def test_no_such_study() -> None:
-    with pytest.raises(AnybatchError, match=r"there is no study windw: give a .toml file, or one of augmented, "):
+    with pytest.raises(AnybatchError, match=r"there is no study windw: did you mean 'window'"):
         read_study(Path("windw"))
 
 

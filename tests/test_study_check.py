@@ -135,11 +135,16 @@ def test_what_cannot_be_checked(folder: Path, published: Path) -> None:
     assert "publish with anybatch study window --publish docs/results/studies" in output
     code, output = run("--check", str(published), "--longest", "0")
     assert code == 2
-    assert "of 8 published runs 8 took longer than --longest and 0 need a device that is not here" in output
+    assert "of 8 published runs 8 took longer than --longest (the shortest took " in output
+    assert "and 0 need a device that is not here" in output
     there = doctored(published, folder, config={"device": "nonsense"})
     code, output = run("--check", str(there))
     assert code == 2
-    assert "0 took longer than --longest and 8 need a device that is not here: nothing is left to check" in output
+    assert "of 8 published runs 0 took longer" in output
+    assert "and 8 need a device that is not here: nothing is left to check" in output
+    code, output = run("there.toml", "--check")
+    assert code == 2
+    assert "--check takes the folder that there.toml was published in" in output
     lines = (published / "tiny.jsonl").read_text().splitlines()
     (there / "tiny.jsonl").write_text(f"{lines[0]}\n{lines[1][:50]}\n")
     code, output = run("--check", str(there))

@@ -8,6 +8,7 @@ nn.py, are a decision of their own.)
 import ast
 import difflib
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -242,9 +243,13 @@ def parse_method(text: str) -> NormConfig:
         given = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
         return METHODS[name].make(**given)
     except (SyntaxError, TypeError) as error:
-        options = ", ".join(inspect.signature(METHODS[name].make).parameters) or "none"
+        options = list(inspect.signature(METHODS[name].make).parameters)
+        strange = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        close = difflib.get_close_matches(strange[1], options, 1) if strange else []
+        mend = f"did you mean {close[0]}? " if close else ""
+        what = f"it has no option {strange[1]!r}" if strange else f"{error}; write it like cbn(window=16)"
         raise AnybatchError(
-            f"method {text!r}: {error}; write it like cbn(window=16); the options of {name} are: {options}"
+            f"method {text!r}: {what}; {mend}the options of {name} are: {', '.join(options) or 'none'}"
         ) from error
     except AnybatchError as error:
         raise AnybatchError(f"method {text!r}: {error}") from error

@@ -16,6 +16,7 @@ REFERENCE = "bn"  # at the gradient batch
 PERCENT = "\N{NO-BREAK SPACE}%"
 BESIDES = {"frozen": "Frozen BN"}  # what a task knows besides the table of methods
 WIDE = 3.0  # points: an interval wider to each side says that seeds are too few, not that methods are alike
+LEAST = 3  # seeds: the spread of two may be next to nothing by chance
 FEW = 4  # variants of one method that are each worth a sentence
 
 
@@ -176,7 +177,7 @@ def _sentence(row: Row, subject: str, reference: str) -> str:
         return f"{head}, {_points(difference.mean)} {reference} on one seed: no interval, so take it as a hint."
     interval = f"95{PERCENT} interval {_signed(difference.mean - difference.half_width)} to "
     interval += f"{_signed(difference.mean + difference.half_width)}, {_seeds(difference.n)}, paired"
-    if difference.spans_zero and difference.half_width > WIDE:
+    if difference.n < LEAST or (difference.spans_zero and difference.half_width > WIDE):
         return f"{head}: too few seeds to tell from {reference} ({_signed(difference.mean)} points, {interval})."
     if difference.spans_zero:
         return f"{head}: no difference from {reference} was measured ({_signed(difference.mean)} points, {interval})."

@@ -36,7 +36,9 @@ def read_table(kind: str, asked: Path, known: Mapping[str, Path]) -> "Table":
     try:
         return Table(kind, file, tomllib.loads(file.read_text(encoding="utf-8")))
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise AnybatchError(f"there is no {kind} {asked}: give a .toml file, or one of {', '.join(known)}") from error
+        close = difflib.get_close_matches(str(asked), known, 1)
+        mend = f"did you mean '{close[0]}'?" if close else f"give a .toml file, or one of {', '.join(known)}"
+        raise AnybatchError(f"there is no {kind} {asked}: {mend}") from error
     except OSError as error:
         raise AnybatchError(f"{kind} {file} cannot be read ({error.strerror}): allow reading it") from error
     except ValueError as error:  # no TOML, or no UTF-8
@@ -60,7 +62,7 @@ class Table:
         self.kind, self.file, self.prefix = kind, file, prefix
         if not isinstance(content, dict):
             raise AnybatchError(f"{kind} {file}: {prefix.rstrip('.')} is {content!r}: make it a table")
-        self.content = dict(content)
+        self.content, self._asked = dict(content), set[str]()
 
     def error(self, key: str, what: str) -> AnybatchError:
         """The error that names file and key."""
@@ -79,6 +81,7 @@ class Table:
         Raises:
             AnybatchError: it is missing and has no default, or is of another type.
         """
+        self._asked.add(key)
         if key not in self.content:
             if default is None:
                 raise self.missing(key)
@@ -102,6 +105,7 @@ class Table:
         Raises:
             AnybatchError: it is anything else.
         """
+        self._asked.add(key)
         if key not in self.content:
             return None
         value: int = self.take(key, int)
@@ -112,7 +116,10 @@ class Table:
     def refuse_rest(self) -> None:
         """Raises AnybatchError if there is a key that nobody took."""
         if self.content:
-            raise self.error(next(iter(self.content)), "there is no such key: correct or remove it")
+            key = next(iter(self.content))
+            close = difflib.get_close_matches(key, self._asked, 1)
+            mend = f"did you mean '{close[0]}'?" if close else "correct or remove it"
+            raise self.error(key, f"there is no such key: {mend}")
 
 
 def fields_of(table: Table, config_class: type[TrainConfig], elsewhere: Mapping[str, str]) -> dict[str, Any]:
@@ -148,7 +155,7 @@ def field_value(
     if key not in names:
         near = difflib.get_close_matches(key, names, n=1)
         mend = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(sorted(set(names) - set(elsewhere)))}"
-        raise table.error(key, f"'{config_class.task}' has no such option: {mend}")
+        raise table.error(key, f"a run of '{config_class.task}' has no such option: {mend}")
     hint: Any = get_type_hints(config_class)[key]
     value = table.take(key, tuple[hint] if several else hint)
     if float not in (hint, *get_args(hint)):

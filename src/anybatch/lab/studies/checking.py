@@ -111,11 +111,14 @@ def draw(folder: Path, rows: int, seed: int, longest: float | None = None, study
     Raises:
         AnybatchError: nothing is published there, or nothing that may be drawn, or a line is damaged.
     """
+    if folder.suffix == ".toml":
+        raise AnybatchError(f"--check takes the folder that {folder} was published in, or a study of the package")
     files = sorted(folder.glob(f"{study}.jsonl"))
     if not files:
-        what, name = (
-            ("are no published studies", "NAME") if study == "*" else (f"is no published study '{study}'", study)
-        )
+        what, name = ("are no published studies", "NAME")
+        if study != "*":
+            there = ", ".join(sorted(path.stem for path in folder.glob("*.jsonl")))
+            what, name = f"is no published study '{study}'{f' beside {there}' if there else ''}", study
         raise AnybatchError(
             f"there {what} in {folder}: give the folder that has some, or publish with "
             f"anybatch study {name} --publish {folder}"
@@ -133,8 +136,9 @@ def draw(folder: Path, rows: int, seed: int, longest: float | None = None, study
     longer, elsewhere = len(found) - len(short), len(short) - len(eligible)
     if not eligible:
         raise AnybatchError(
-            f"of {len(found)} published runs {longer} took longer than --longest and {elsewhere} need a device that is "
-            f"not here: nothing is left to check; give a larger --longest, or check where they can run"
+            f"of {len(found)} published runs {longer} took longer than --longest (the shortest took "
+            f"{min(each.run.seconds for each in found.values()):.0f} s) and {elsewhere} need a device that is not "
+            f"here: nothing is left to check; give a larger --longest, or check where they can run"
         )
     drawn = random.Random(seed).sample(eligible, min(rows, len(eligible)))
     return Sample(tuple(drawn), len(found), longer, elsewhere)

@@ -25,6 +25,7 @@ __all__ = ["study_figure"]
 WIDE_ENOUGH = 4  # largest over smallest place, from which the axis is logarithmic
 AXES = {
     "batch": "images a layer sees at once",
+    "examples_per_group": "images a group, which a layer sees at once",
     "burn_in_steps": "burn-in, share of the training forwards",
     "window": "window, batches",
 }
@@ -59,7 +60,11 @@ def study_figure(study: Study, results: Sequence[RunResult]) -> Figure:
         figure = panels(names, [MUTED] * len(names), draw, f"{title} (dashed: the reference)", "", MUTED, height=3.4)
         for axes in figure.axes[max(0, len(names) - COLUMNS) : len(names)]:  # one label for all would lie on the names
             axes.set_xlabel(below, fontsize=10)
-        drawn = {cell.line: styles[cell.line, cell.method] for cell in layout.cells if cell.row is not None}
+        drawn = {
+            cell.line: styles[cell.line, cell.method]
+            for cell in layout.cells
+            if cell.row is not None and not (cell.x == WITHOUT and cell.row.is_reference)
+        }
         handles = [Line2D([], [], color=ink, marker=marker, label=line) for line, (ink, marker) in drawn.items()]
         figure.legend(
             handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=10
@@ -123,9 +128,11 @@ def _draw(
         draw_line(axes, _points(plain, axis, view), MUTED, ".", faint=True)
     lines, floor = layout.lines(panel), -math.inf if view.floor is None else view.floor
     below: list[tuple[float, float, str]] = []
-    for place, (line, cells) in enumerate(lines.items()):
+    along = [line for line, cells in lines.items() if any(x != WITHOUT for x in cells)]
+    for line, cells in lines.items():
         colour, marker = styles[line, next(iter(cells.values())).method]
-        shift = 0.05 * (place - (len(lines) - 1) / 2)  # side by side, or intervals hide each other
+        # Side by side, or intervals hide each other.
+        shift = 0.05 * (along.index(line) - (len(along) - 1) / 2) if line in along else 0.0
         below += [(axis.at(x), mean, colour) for x, mean in _means(cells, view) if mean < floor]
         if (end := draw_line(axes, _points(list(cells.values()), axis, view, shift), colour, marker)) is not None:
             ends.append((end, line, colour))

@@ -34,10 +34,11 @@ def page(study: Study, results: Sequence[RunResult], seeds: int | None = None) -
     parts = [
         f"# {study.title}",
         f"{study.question}{missing}",
+        *([study.note] if study.note else []),
         f"![{study.title}]({study.name}.png)",
         *_conclusions(study, results),
-        f"Means ± half the width of the 95 % t interval over {seeds} seeds; differences are paired by seed, in points. "
-        f"The reference of each is BatchNorm at the gradient batch with everything else the same.",
+        f"Means ± half the width of the 95 % t interval over {seeds} seed{'s' * (seeds != 1)}; differences are paired "
+        f"by seed, in points. The reference of each is BatchNorm at the gradient batch with everything else the same.",
         *_tables(study, results, seeds),
         "## How it was measured",
         f"```sh\n{command}\n```",

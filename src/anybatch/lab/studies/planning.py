@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -91,7 +92,9 @@ def check_data(study: Study) -> None:
     """Raises AnybatchError, with how to get them, if the study's data are a folder that is not there."""
     data = study.base.data
     if data not in BUILT_IN and not Path(data).expanduser().is_dir():
-        mend = f"get it with: {study.get}" if study.get else f"make it, or change 'data' in {study.path}"
+        close = get_close_matches(data, BUILT_IN, 1)
+        mend = f"did you mean '{close[0]}'?" if close else f"make it, or change 'data' in {study.path}"
+        mend = f"get it with: {study.get}" if study.get else mend
         raise AnybatchError(f"study {study.name}: there is no data folder '{data}' here: {mend}")
 
 

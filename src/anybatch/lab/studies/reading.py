@@ -57,6 +57,7 @@ class Study:
         vary: values of fields of the base, by name, of which every combination is compared.
         view: what is shown.
         get: how to get the data where they are not there; "" if it does not say.
+        note: of the page, after the question; "" for none.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Study:
     vary: Mapping[str, tuple[Any, ...]]
     view: View
     get: str
+    note: str
 
     @property
     def shipped(self) -> bool:
@@ -92,7 +94,8 @@ def read_study(path: Path) -> Study:
         AnybatchError: there is no such study, it is no TOML, or something in it is unknown or does not fit.
     """
     table = read_table("study", path, shipped())
-    title, question, get = table.take("title", str), table.take("question", str), table.take("get", str, "")
+    title, question = table.take("title", str), table.take("question", str)
+    get, note = table.take("get", str, ""), table.take("note", str, "")
     seeds = table.count("seeds")
     if seeds is None:
         raise table.missing("seeds")
@@ -102,7 +105,7 @@ def read_study(path: Path) -> Study:
     view = _view(table.inner("figure", {}))
     table.refuse_rest()
     file = table.file
-    study = Study(file.stem, file, title, question, base, methods, batches, seeds, vary, view, get)
+    study = Study(file.stem, file, title, question, base, methods, batches, seeds, vary, view, get, note)
     _check(table, study)
     return study
 
