@@ -1,7 +1,7 @@
 """A study's figure: means with their intervals, in one pair of axes or in a panel each."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ def study_figure(study: Study, results: Sequence[RunResult]) -> Figure:
         drawn = {
             cell.line: styles[cell.line, cell.method]
             for cell in layout.cells
-            if cell.row is not None and not (cell.x == WITHOUT and cell.row.is_reference)
+            if cell.row is not None and not cell.row.is_reference
         }
         handles = [Line2D([], [], color=ink, marker=marker, label=line) for line, (ink, marker) in drawn.items()]
         figure.legend(
@@ -118,6 +118,11 @@ def _styles(layout: Layout, by_panel: bool) -> Styles:
     return {key: (SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]) for i, key in enumerate(lines)}
 
 
+def _is_reference(cells: Iterable[Cell]) -> bool:
+    """Whether a line has nothing but the reference."""
+    return all(cell.row is None or cell.row.is_reference for cell in cells)
+
+
 def _draw(
     axes: Axes, layout: Layout, panel: str, axis: _Axis, view: View, styles: Styles, grey: bool = False
 ) -> list[tuple[float, str, str]]:
@@ -128,6 +133,9 @@ def _draw(
         draw_line(axes, _points(plain, axis, view), MUTED, ".", faint=True)
     lines, floor = layout.lines(panel), -math.inf if view.floor is None else view.floor
     below: list[tuple[float, float, str]] = []
+    lines = {
+        line: cells for line, cells in lines.items() if not _is_reference(cells.values())
+    }  # which is drawn already
     along = [line for line, cells in lines.items() if any(x != WITHOUT for x in cells)]
     for line, cells in lines.items():
         colour, marker = styles[line, next(iter(cells.values())).method]
@@ -136,10 +144,7 @@ def _draw(
         below += [(axis.at(x), mean, colour) for x, mean in _means(cells, view) if mean < floor]
         if (end := draw_line(axes, _points(list(cells.values()), axis, view, shift), colour, marker)) is not None:
             ends.append((end, line, colour))
-        across = cells.get(WITHOUT)
-        if across is None or (across.row is not None and across.row.is_reference):  # which is drawn already
-            continue
-        if (estimate := _estimate(across, view)) is not None:
+        if WITHOUT in cells and (estimate := _estimate(cells[WITHOUT], view)) is not None:
             axes.axhline(estimate.mean, color=colour, linewidth=1.4)
             if estimate.mean < floor and axis.values:
                 below.append((axis.at(axis.values[0]), estimate.mean, colour))
