@@ -1,12 +1,13 @@
 """The experiments on CBN: without options they compute what the layer does; the published runs make their page."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from scripts import causal_cbn, explore_cbn
+from scripts import after_training, causal_cbn, explore_cbn
 
 import anybatch as ab
 from anybatch.lab import networks
@@ -75,8 +76,11 @@ def test_a_past_is_trusted_as_far_as_it_was_right() -> None:
         assert causal.state.past.count == pytest.approx(count, rel=0.05)
 
 
-def test_the_page_has_what_the_published_runs_make() -> None:
-    runs = [json.loads(line) for line in (PAGES / "explore" / "runs.jsonl").read_text().splitlines()]
+@pytest.mark.parametrize(
+    ("file", "table"), [("runs", explore_cbn.table), ("long", explore_cbn.table), ("after", after_training.table)]
+)
+def test_the_page_has_what_the_published_runs_make(file: str, table: Callable[[list], Iterator[str]]) -> None:
+    runs = [json.loads(line) for line in (PAGES / "explore" / f"{file}.jsonl").read_text().splitlines()]
     page = (PAGES / "explore.md").read_text()
-    for row in explore_cbn.table(runs):
+    for row in table(runs):
         assert row in page
