@@ -17,6 +17,7 @@ from torch import nn
 import anybatch as ab
 from anybatch.lab.classify import Classify, open_classify
 from anybatch.lab.config import ClassifyConfig
+from anybatch.lab.report import difference_text
 from anybatch.lab.statistics import estimate
 from anybatch.lab.training import train_run
 
@@ -64,8 +65,7 @@ def table(runs: list[dict[str, Any]]) -> Iterator[str]:
         mine = [each["accuracies"] for each in runs if each["name"] == method]
         for name in VARIANTS if mine else ():
             change = estimate([each[name] - each[AS_IS] for each in mine])
-            half = "" if change.half_width is None else f" ± {change.half_width:.2f}"
-            cell = "" if name == AS_IS else f"{change.mean:+.2f}{half}".replace("-", "\N{MINUS SIGN}")
+            cell = "" if name == AS_IS else difference_text(change, 2)
             mean = estimate([each[name] for each in mine]).mean
             yield f"| {METHODS[method]} | {name} | {len(mine)} | {mean:.2f} | {cell} |"
 
@@ -73,11 +73,7 @@ def table(runs: list[dict[str, Any]]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, 5, "results/after.jsonl")
-    print("\n".join(table(make_runs(_run, list(METHODS), parser.parse_args()))))
-
-
-def _run(asked: tuple[str, int, int]) -> dict[str, Any]:
-    return run(*asked)
+    print("\n".join(table(make_runs(run, list(METHODS), parser.parse_args()))))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import nn
 from anybatch.lab.classify import Classify, open_classify
 from anybatch.lab.config import ClassifyConfig
 from anybatch.lab.data import Dataset
+from anybatch.lab.report import difference_text
 from anybatch.lab.statistics import estimate
 from anybatch.lab.training import train_run
 
@@ -57,7 +58,7 @@ class Causal(Classify):
         return model
 
 
-def run(name: str, seed: int, batch: int = 1, epochs: int = 3) -> dict[str, Any]:
+def run(name: str, seed: int, epochs: int = 3, batch: int = 1) -> dict[str, Any]:
     """Train once, as `anybatch compare` does; the record of the run."""
     torch.set_num_threads(1)
     config = ClassifyConfig(
@@ -104,9 +105,7 @@ def table(runs: list[dict[str, Any]]) -> Iterator[str]:
 def difference(mine: dict[int, float | None], other: dict[int, float | None]) -> str:
     """Mean and half the 95 % interval over the seeds that both have finished."""
     pairs = [(mine[seed], other[seed]) for seed in mine if seed in other]
-    found = estimate([a - b for a, b in pairs if a is not None and b is not None])
-    half = "" if found.half_width is None else f" ± {found.half_width:.2f}"
-    return f"{found.mean:+.2f}{half}".replace("-", "\N{MINUS SIGN}")
+    return difference_text(estimate([a - b for a, b in pairs if a is not None and b is not None]), 2)
 
 
 def main() -> None:
@@ -120,12 +119,7 @@ def main() -> None:
         return
     if strange := [name for name in asked.names if name not in EXPERIMENTS]:
         parser.error(f"there is no experiment {strange[0]!r}: choose from {', '.join(EXPERIMENTS)}")
-    print("\n".join(table(make_runs(_run, asked.names or list(EXPERIMENTS), asked))))
-
-
-def _run(asked: tuple[str, int, int]) -> dict[str, Any]:
-    name, seed, epochs = asked
-    return run(name, seed, epochs=epochs)
+    print("\n".join(table(make_runs(run, asked.names or list(EXPERIMENTS), asked))))
 
 
 if __name__ == "__main__":

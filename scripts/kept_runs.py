@@ -21,7 +21,7 @@ def add_options(parser: argparse.ArgumentParser, seeds: int, out: str) -> None:
 
 
 def make_runs(
-    run: Callable[[tuple[str, int, int]], dict[str, Any]], names: Sequence[str], asked: argparse.Namespace
+    run: Callable[[str, int, int], dict[str, Any]], names: Sequence[str], asked: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Make what is missing, seed by seed, and give all runs of so many epochs.
 
@@ -33,11 +33,16 @@ def make_runs(
     lines = asked.out.read_text().splitlines() if asked.out.exists() else []
     runs = [json.loads(line) for line in lines]
     done = {(each["name"], each["seed"], each["epochs"]) for each in runs}
-    todo = [(name, seed, asked.epochs) for seed in range(asked.seeds) for name in names]
+    todo = [(run, name, seed, asked.epochs) for seed in range(asked.seeds) for name in names]
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     with get_context("spawn").Pool(asked.jobs) as pool:
-        for found in pool.imap_unordered(run, [each for each in todo if each not in done]):
+        for found in pool.imap_unordered(_call, [each for each in todo if each[1:] not in done]):
             runs.append(found)
             write_atomically(asked.out, "".join(json.dumps(each) + "\n" for each in runs).encode())
             print(found["name"], found["seed"], found["accuracy"], flush=True)
     return [each for each in runs if each["epochs"] == asked.epochs]
+
+
+def _call(asked: tuple[Callable[[str, int, int], dict[str, Any]], str, int, int]) -> dict[str, Any]:
+    run, *rest = asked
+    return run(*rest)

@@ -38,6 +38,10 @@ class Map(NamedTuple):
     rows: Tensor  # (C, *), flattened (C, K)
     bias: Tensor | None  # (C,)
 
+    def held(self) -> tuple[Tensor, Tensor | None]:
+        """W (C, K) and b, detached."""
+        return self.rows.detach().flatten(1), None if self.bias is None else self.bias.detach()
+
 
 class Response(NamedTuple):
     """What the map's weights get of f: with ``of, of_D, ..., of_b = answer(by, f)``, I patches and what is given,

@@ -40,7 +40,7 @@ from .base import NormLayer
 from .cbn_options import check_cbn
 from .config import NormConfig
 from .exponential import Exponential
-from .feed import Feed
+from .feed import Feed, map_of
 from .history import History, HistoryLayer, Today, as_computed
 from .parts import normalise_parts
 from .replay import first_run, once
@@ -192,13 +192,13 @@ class CrossIterationBatchNorm(HistoryLayer):
         passes = passes_for(y)
         own = passes.moments(y.detach())
         whole = pool_ranks(*own, len(y), self.group)
-        now, none = (own if self.group is None else whole.now), own.mean.new_zeros(self.num_features, 0)
-        map = feed.as_map(none.dtype) if feed is not None and self.compensates else Map(none, None)
+        feed = feed if self.compensates else None
+        now, map = (own if self.group is None else whole.now), map_of(feed, self.num_features, own.mean)
         history = self.history_of(index).like(now.mean)
         found = self._replay.recall(now.mean, index) if self._replay.is_second_run() else None
         if found is None:
             self._replay.tidy()
-            found = self._first(y.detach(), own, now, whole, map, feed if self.compensates else None, history)
+            found = self._first(y.detach(), own, now, whole, map, feed, history)
             self._replay.remember(now.mean, index, found)
         pooled, response = found
         averages = None if response is None else self.averages(history, whole.examples)
@@ -211,10 +211,9 @@ class CrossIterationBatchNorm(HistoryLayer):
         self, y: Tensor, own: Moments, now: Moments, whole: Whole, map: Map, feed: Feed | None, history: History
     ) -> tuple[Pooled, Response | None]:
         """What to normalise a batch by that is seen for the first time; it goes into history and statistics."""
-        bias = None if map.bias is None else map.bias.detach()
         used = history.forwards >= self.burn_in_steps if self.burn_in_steps else None
         take = first_run(now.mean.new_ones((), dtype=torch.bool), repeatable=False) if is_compiling() else None
-        today = Today(now, map.rows.detach().flatten(1), bias, whole.share, used, take)
+        today = Today(now, *map.held(), whole.share, used, take)
         share = self.share(whole.examples)
         seen = history.observe(y, own, now, whole, feed)
         pooled, response, ok, new = once(self._pool, history, today, seen, 1 - share)

@@ -20,7 +20,7 @@ from ..errors import AnybatchError
 from .base import NormLayer
 from .surroundings import Surroundings
 
-__all__ = ["FedLayer", "Feed", "Link"]
+__all__ = ["FedLayer", "Feed", "Link", "map_of"]
 
 
 _TAG = "_anybatch_feed"
@@ -40,10 +40,13 @@ class Feed(NamedTuple):
         """The same of a map that ran without gradients, and gets none through its norm."""
         return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
-    def as_map(self, dtype: torch.dtype) -> Map:
-        """Its weight and bias in the dtype of statistics, attached."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return Map(self.geometry.plain_rows(self.weight).to(dtype), bias)
+
+def map_of(feed: Feed | None, channels: int, like: Tensor) -> Map:
+    """The map of a run in the dtype of statistics, attached; None: one of no columns."""
+    if feed is None:
+        return Map(like.new_zeros(channels, 0), None)
+    bias = None if feed.bias is None else feed.bias.to(like.dtype)
+    return Map(feed.geometry.plain_rows(feed.weight).to(like.dtype), bias)
 
 
 class Link(NamedTuple):

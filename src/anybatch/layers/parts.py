@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..core.moments import Moments, compute_dtype
 from ..core.passes import dense, dense_like
-from ..core.pooled import Map, normalise_pooled
+from ..core.pooled import normalise_pooled
 from ..core.tensors import at_hand
 from ..kernels.choose import passes_for
 from .exponential import Exponential
-from .feed import Feed
+from .feed import Feed, map_of
 
 if TYPE_CHECKING:
     from .cbn import CrossIterationBatchNorm
@@ -74,18 +74,16 @@ def _together(
     passes, replay = passes_for(y), norm._replay
     folded = y.reshape(parts, size, *y.shape[1:]).transpose(0, 1).flatten(1, 2)  # (size, parts * C, *)
     own = passes.moments(folded.detach())
-    history, none = norm.history_of(index).like(own.mean), own.mean.new_zeros(y.shape[1], 0)
-    map = Map(none, None) if feed is None else feed.as_map(none.dtype)
+    history, map = norm.history_of(index).like(own.mean), map_of(feed, y.shape[1], own.mean)
     assert isinstance(history, Exponential)
     if replay.is_second_run():
-        found = replay.recall(own.mean, index) if replay.knows(own.mean, index) else None
+        found = replay.recall(own.mean, index, required=False)
     else:
         replay.tidy()
         now = Moments(own.mean.view(parts, -1), own.var.view(parts, -1), own.size)
-        map_bias = None if map.bias is None else map.bias.detach()
         rule = norm.rule(1 - norm.share(size))
         with _disable_current_modes():  # of what a selective checkpoint keeps, a second run asks for none
-            found = history.take_each(y.detach(), now, feed, map.rows.detach().flatten(1), map_bias, rule)
+            found = history.take_each(y.detach(), now, feed, *map.held(), rule)
             if found is not None:
                 _track(norm, now, size)
         if found is not None:

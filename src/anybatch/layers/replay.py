@@ -127,31 +127,26 @@ class Replay:
         else:  # no checkpoint now, and what ran before the last backward has had its chance
             self._runs = [run for run in self._runs if run.backwards == self._backwards]
 
-    def knows(self, mean: Tensor, index: int) -> bool:
-        """Whether :meth:`recall` has an answer."""
-        return bool(self._matching(mean, index))
-
-    def recall(self, mean: Tensor, index: int) -> Any:
+    def recall(self, mean: Tensor, index: int, required: bool = True) -> Any:
         """What the latest of the first runs with these moments that were repeated least normalised by.
 
         It stays until the next first run, since a retained graph runs it once more.
 
         Raises:
-            AnybatchError: there is none.
+            AnybatchError: there is none, and it is ``required``; else None.
         """
-        runs = self._matching(mean, index)
+        with _disable_current_modes():  # a selective checkpoint's would look for the comparison in the first run
+            runs = [run for run in reversed(self._runs) if run.index == index and _equal(run.mean, mean)]
         if runs:
             run = min(runs, key=lambda run: run.repeated)
             run.repeated += 1
             return run.pooled
+        if not required:
+            return None
         raise AnybatchError(
             "a checkpointed forward was recomputed on other values than it first ran on, or more than "
             f"{_KEPT} forwards ago: make the checkpointed function deterministic, or checkpoint fewer forwards at once"
         )
-
-    def _matching(self, mean: Tensor, index: int) -> list[_FirstRun]:
-        with _disable_current_modes():  # a selective checkpoint's would look for the comparison in the first run
-            return [run for run in reversed(self._runs) if run.index == index and _equal(run.mean, mean)]
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
