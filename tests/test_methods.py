@@ -135,6 +135,9 @@ def test_frozen_statistics_stay_while_the_batch_is_used() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("cbn(kind=ring)", "kind is ring, no value: text stands in quotes, as kind='ring'"),
+        ("cbn(window=1+x)", "window is 1 \\+ x, no value"),
+        ("cbn(**{'window': 2})", "options are given by name"),
         ("groupnorm", "did you mean gn"),
         ("batchnorm", "did you mean bn"),
         ("cbn(windw=3)", "the options of cbn are: window, gradient"),

@@ -8,14 +8,14 @@ nn.py, are a decision of their own.)
 import ast
 import difflib
 import inspect
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import nn
 
-from .errors import AnybatchError
+from .errors import AnybatchError, did_you_mean
 from .layers.accumulated import AccumulatedBN
 from .layers.batch_group import BatchGroupNorm
 from .layers.bgn import BGN
@@ -236,20 +236,34 @@ def parse_method(text: str) -> NormConfig:
         raise AnybatchError(
             f"unknown method {typed!r}; did you mean {' or '.join(meant)}? (`anybatch methods` lists all)"
         )
+    make = METHODS[name].make
+    options = list(inspect.signature(make).parameters)
+    known_options = f"the options of {name} are: {', '.join(options) or 'none'}"
     try:
-        call = ast.parse(f"f({rest}" if rest else "f()", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
-            raise SyntaxError("options are given by name")
-        given = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-        return METHODS[name].make(**given)
+        given = _options(rest)
+        for option in given:
+            if option not in options:
+                mend = did_you_mean(option, options, "")
+                raise AnybatchError(f"it has no option '{option}'; {mend}{' ' if mend else ''}{known_options}")
+        return make(**given)
     except (SyntaxError, TypeError) as error:
-        options = list(inspect.signature(METHODS[name].make).parameters)
-        strange = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        close = difflib.get_close_matches(strange[1], options, 1) if strange else []
-        mend = f"did you mean {close[0]}? " if close else ""
-        what = f"it has no option {strange[1]!r}" if strange else f"{error}; write it like cbn(window=16)"
-        raise AnybatchError(
-            f"method {text!r}: {what}; {mend}the options of {name} are: {', '.join(options) or 'none'}"
-        ) from error
+        raise AnybatchError(f"method {text!r}: {error}; write it like cbn(window=16); {known_options}") from error
     except AnybatchError as error:
         raise AnybatchError(f"method {text!r}: {error}") from error
+
+
+def _options(typed: str) -> dict[str, Any]:
+    """The options in what follows a method's bracket, "window=16)"; none in ""."""
+    call = ast.parse(f"f({typed}" if typed else "f()", mode="eval").body
+    if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+        raise SyntaxError("options are given by name")
+    return {str(keyword.arg): _value(keyword) for keyword in call.keywords}
+
+
+def _value(keyword: ast.keyword) -> Any:
+    try:
+        return ast.literal_eval(keyword.value)
+    except ValueError as error:
+        typed = ast.unparse(keyword.value)
+        meant = f", as {keyword.arg}='{typed}'" if isinstance(keyword.value, ast.Name) else ""
+        raise SyntaxError(f"{keyword.arg} is {typed}, no value: text stands in quotes{meant}") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from anybatch.errors import AnybatchError
+from anybatch.errors import AnybatchError, did_you_mean
 from anybatch.lab.config import TrainConfig
 
 __all__ = ["Table", "field_value", "fields_of", "read_table", "shipped_in"]
@@ -36,8 +36,7 @@ def read_table(kind: str, asked: Path, known: Mapping[str, Path]) -> "Table":
     try:
         return Table(kind, file, tomllib.loads(file.read_text(encoding="utf-8")))
     except (FileNotFoundError, IsADirectoryError) as error:
-        close = difflib.get_close_matches(str(asked), known, 1)
-        mend = f"did you mean '{close[0]}'?" if close else f"give a .toml file, or one of {', '.join(known)}"
+        mend = did_you_mean(str(asked), known, f"give a .toml file, or one of {', '.join(known)}")
         raise AnybatchError(f"there is no {kind} {asked}: {mend}") from error
     except OSError as error:
         raise AnybatchError(f"{kind} {file} cannot be read ({error.strerror}): allow reading it") from error
@@ -117,8 +116,7 @@ class Table:
         """Raises AnybatchError if there is a key that nobody took."""
         if self.content:
             key = next(iter(self.content))
-            close = difflib.get_close_matches(key, self._asked, 1)
-            mend = f"did you mean '{close[0]}'?" if close else "correct or remove it"
+            mend = did_you_mean(key, self._asked, "correct or remove it")
             raise self.error(key, f"there is no such key: {mend}")
 
 
@@ -153,8 +151,7 @@ def field_value(
         raise table.error(key, elsewhere[key])
     names = [each.name for each in fields(config_class)]
     if key not in names:
-        near = difflib.get_close_matches(key, names, n=1)
-        mend = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(sorted(set(names) - set(elsewhere)))}"
+        mend = did_you_mean(key, names, f"there are {', '.join(sorted(set(names) - set(elsewhere)))}")
         raise table.error(key, f"a run of '{config_class.task}' has no such option: {mend}")
     hint: Any = get_type_hints(config_class)[key]
     value = table.take(key, tuple[hint] if several else hint)

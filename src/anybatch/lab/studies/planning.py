@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybatch.errors import AnybatchError
+from anybatch.errors import AnybatchError, did_you_mean
 from anybatch.lab import networks
 from anybatch.lab.compare import cost, plan
 from anybatch.lab.config import ClassifyConfig, TrainConfig
@@ -92,8 +91,7 @@ def check_data(study: Study) -> None:
     """Raises AnybatchError, with how to get them, if the study's data are a folder that is not there."""
     data = study.base.data
     if data not in BUILT_IN and not Path(data).expanduser().is_dir():
-        close = get_close_matches(data, BUILT_IN, 1)
-        mend = f"did you mean '{close[0]}'?" if close else f"make it, or change 'data' in {study.path}"
+        mend = did_you_mean(data, BUILT_IN, f"make it, or change 'data' in {study.path}")
         mend = f"get it with: {study.get}" if study.get else mend
         raise AnybatchError(f"study {study.name}: there is no data folder '{data}' here: {mend}")
 
