@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -151,6 +152,16 @@ def test_the_forwards_of_a_step_by_name() -> None:
     assert config.resolved(config.method, 6000) == "cbn(average_reductions=16)"
     assert replace(config, mode="step").resolved(config.method, 6000) == "cbn(average_reductions=1)"
     assert label(config.method) == "CBN (reductions over a step)"
+
+
+@pytest.mark.parametrize(("batch", "mode", "reductions"), [(32, "accumulate", 8), (16, "accumulate", 8), (16, "step", 4)])
+def test_a_group_is_a_forward(batch: int, mode: Any, reductions: int) -> None:
+    config = ClassifyConfig(batch=batch, mode=mode, epochs=3)
+    method = "cbn(examples_per_group=4, average_reductions='step', burn_in_steps='1/3')"
+    written = f"cbn(examples_per_group=4, average_reductions={reductions}, burn_in_steps=1496)"
+    assert config.resolved(method, 6000) == written
+    smaller = method.replace("group=4", "group=64")
+    assert "reductions=1" in replace(config, gradient_batch=batch).resolved(smaller, 6000)
 
 
 def test_key_names_configuration_method_and_data() -> None:

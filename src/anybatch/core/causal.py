@@ -45,6 +45,7 @@ def advance_each(
     rows: Tensor,
     bias: Tensor | None,
     rule: Rule,
+    alone: int = 0,
 ) -> tuple[Pooled, Response | None, Past] | None:
     """Pool B batches of one size with the past, and each with those before it.
 
@@ -55,6 +56,7 @@ def advance_each(
         rows: W (C, K).
         bias: b (C,).
         rule: how; ``kept`` for each of them.
+        alone: so many of the first are normalised by themselves alone, and taken in all the same.
 
     Returns:
         What to normalise by, (B C,) each; how that answers to the map, given f of (B C,); and the past with all of
@@ -64,10 +66,9 @@ def advance_each(
     s, at = (past.sizes.new_tensor(v).unsqueeze(1) for v in (shares, newer))
     if seen is None:
         mean, var = blend_each(past.mean, past.var, now.mean, now.var, shares)
-        pooled = Pooled(mean.flatten(), var.flatten(), s.expand_as(mean).flatten())
         of_map = dict.fromkeys(("mean_at", "var_at", "per"), mean[-1])  # which nobody reads
         new = past._replace(sizes=past.sizes.new_tensor(sizes), mean=mean[-1], var=var[-1], **of_map)
-        return (pooled, None, new) if finite(mean + var) is True else None
+        return (_pooled(mean, var, s, now, alone), None, new) if finite(mean + var) is True else None
     carried, _ = carry(past, None, rows, bias, None, rule)
     mean, var = blend_each(carried.mean, carried.var, now.mean, now.var, shares)
     # The positions' moments; where a batch was not looked at its share of them is zero.
@@ -90,7 +91,9 @@ def advance_each(
     # From the second batch on the past is at today's weights already: its ratio is one.
     mean_by = None if carried.mean_by is None else _before(carried.mean_by, (mean - mean_at) * per)
     var_by = _before(carried.var_by, (var > 0).to(var.dtype) if rule.second_moment else var * per)
-    by = By(s, at, float(rule.gradient), mean_by, var_by, gap, apart, None, offset, now.var - scatter, per)
+    through = torch.full_like(s, float(rule.gradient))
+    through[:alone] = 0
+    by = By(s, at, through, mean_by, var_by, gap, apart, None, offset, now.var - scatter, per)
 
     more = _Seen(seen.left, seen.which, looked, remaining(newer, mean.device).to(mean.dtype))
     patches = torch.cat([past.patch.unsqueeze(0), seen.patch, seen.right.flatten(0, 1)])
@@ -104,8 +107,16 @@ def advance_each(
     weights = (more.left_in[-1, 1:] * at[:, 0])[seen.which]
     patch = kept * past.patch + torch.tensordot(weights, seen.patch, 1)
     new = Past(past.sizes.new_tensor(sizes), mean[-1], var[-1], mean_at[-1], var_at[-1], per[-1], patch, covariance)
-    pooled = Pooled(mean.flatten(), var.flatten(), s.expand_as(mean).flatten())
-    return pooled, response, new
+    return _pooled(mean, var, s, now, alone), response, new
+
+
+def _pooled(mean: Tensor, var: Tensor, s: Tensor, now: Moments, alone: int) -> Pooled:
+    """Of moments (B, C) and shares (B, 1), the first of them by themselves ``alone``."""
+    share = s.repeat(1, mean.shape[1])
+    if alone:
+        mean, var = (torch.cat([own[:alone], each[alone:]]) for own, each in ((now.mean, mean), (now.var, var)))
+        share[:alone] = 1
+    return Pooled(mean.flatten(), var.flatten(), share.flatten())
 
 
 def _shares(

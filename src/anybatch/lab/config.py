@@ -122,10 +122,16 @@ class TrainConfig:
         return parse_method(self.resolved(method, examples))
 
     def resolved(self, method: str, examples: int) -> str:
-        """A method with its quoted fractions and 'step' in training forwards of a run over so many examples."""
-        step = max(1, self.gradient_batch // (self.batch * started()))
-        forwards = self.epochs * self.updates(examples) * self.gradient_batch // (self.batch * started())
-        method = re.sub(r"(['\"])step\1", str(step if self.mode == "accumulate" else 1), method)
+        """A method with its quoted fractions and 'step' in training forwards of a run over so many examples.
+
+        Each group of a batch that is taken in groups is a forward.
+        """
+        group = re.search(r"examples_per_group=(\d+)", method)
+        at_once = (min(self.batch, max(1, int(group[1]))) if group else self.batch) * started()
+        of_step = self.gradient_batch if self.mode == "accumulate" else self.batch * started()
+        step = max(1, of_step // at_once)
+        forwards = self.epochs * self.updates(examples) * self.gradient_batch // at_once
+        method = re.sub(r"(['\"])step\1", str(step), method)
         return re.sub(r"(['\"])(\d+)/(\d+)\1", lambda m: str(forwards * int(m[2]) // int(m[3])), method)
 
 

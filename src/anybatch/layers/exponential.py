@@ -113,7 +113,7 @@ class Exponential(History):
 
     @torch.no_grad()
     def take_each(
-        self, y: Tensor, now: Moments, feed: Feed | None, rows: Tensor, bias: Tensor | None, rule: Rule
+        self, y: Tensor, now: Moments, feed: Feed | None, rows: Tensor, bias: Tensor | None, rule: Rule, alone: int
     ) -> tuple[Pooled, Response | None] | None:
         """Pool some batches of one size, one after another, and take them in.
 
@@ -126,10 +126,12 @@ class Exponential(History):
             rows: W (C, K), detached.
             bias: b (C,), detached.
             rule: how, for each of them.
+            alone: forwards of this history that are normalised by their own batch alone, from its first one on.
         """
         seen = None if feed is None else self._observe_each(y, now, feed)
         past = Past._make((self.count, *self.scalars.unbind(), self.patch, self.covariance))
-        found = advance_each(past, now, seen, rows, bias, rule)
+        alone = min(len(now.mean), max(0, alone - int(self.forwards))) if alone else 0
+        found = advance_each(past, now, seen, rows, bias, rule, alone)
         if found is None:
             return None
         pooled, response, new = found

@@ -2,7 +2,7 @@
 
 One after another, each as a batch of its own; or all of them at once (core/causal.py), to the same result and several
 times as fast where parts are small. At once go the parts of an exponential history that samples positions, or needs
-none, on a CPU, in float32 or float64, without ranks or a burn-in, of two values a channel or more, all finite.
+none, on a CPU, in float32 or float64, without ranks, of two values a channel or more, all finite.
 """
 
 from typing import TYPE_CHECKING
@@ -55,7 +55,7 @@ def normalise_parts(
 def _at_once(norm: "CrossIterationBatchNorm", y: Tensor, size: int) -> bool:
     values = size * (y[0, 0].numel() if y.dim() > 2 else 1)
     sampled = norm.positions is not None or not norm.compensates
-    sampled = sampled and norm.kind == "exponential" and not norm.burn_in_steps
+    sampled = sampled and norm.kind == "exponential"
     here = norm.group is None and at_hand(y.detach()) and y.dtype == compute_dtype(y.dtype)
     return sampled and here and values > 1
 
@@ -83,7 +83,7 @@ def _together(
         now = Moments(own.mean.view(parts, -1), own.var.view(parts, -1), own.size)
         rule = norm.rule(1 - norm.share(size))
         with _disable_current_modes():  # of what a selective checkpoint keeps, a second run asks for none
-            found = history.take_each(y.detach(), now, feed, *map.held(), rule)
+            found = history.take_each(y.detach(), now, feed, *map.held(), rule, norm.burn_in_steps)
             if found is not None:
                 _track(norm, now, size)
         if found is not None:

@@ -15,6 +15,7 @@ from anybatch.lab.training import RunResult
 __all__ = ["command_of", "page"]
 
 DIGITS = 2  # of differences, in points
+ABSENT = {"examples_per_group": "batch as one"}  # the head of a column of methods without such an option
 
 
 def page(study: Study, results: Sequence[RunResult], seeds: int | None = None) -> str:
@@ -105,7 +106,8 @@ def _table(
         texts = {x: text(cell) for x, cell in cells.items()}
         if any(texts.values()):
             rows.append((line, texts))
-    heads = [f"no {called(view.x)}" if x == WITHOUT else f"{called(view.x)} {value_text(x)}" for x in columns]
+    absent = ABSENT.get(view.x, f"without {called(view.x)}")
+    heads = [absent if x == WITHOUT else f"{called(view.x)} {value_text(x)}" for x in columns]
     lines = [f"| {head} | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(texts.get(x) or '–' for x in columns)} |" for name, texts in rows]
     return "\n".join(lines)
