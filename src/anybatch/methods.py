@@ -45,7 +45,7 @@ class Method:
         page: in docs/methods/, without its ending; by default the name.
         trial: as typed for networks of few channels, where the defaults do not fit those; by default the name.
         per_example: whether training statistics see one example at a time.
-        cost: about what a training forward costs in BatchNorm's, at one example on a CPU; to plan runs by.
+        cost: about what a training forward takes in BatchNorm's time, at one example on a CPU; to plan runs by.
     """
 
     name: str
@@ -109,7 +109,7 @@ _ROWS = (
         "CBN",
         "moments pooled over recent iterations, carried to today's weights",
         "Yao et al. 2021, and ours",
-        cost=4.0,
+        cost=6.5,
     ),
     Method(
         "cbn-naive",
@@ -118,7 +118,7 @@ _ROWS = (
         "moments pooled over recent iterations as they were; the history is a constant",
         "Yao et al. 2021",
         page="cbn",
-        cost=2.5,
+        cost=5.0,
     ),
     Method(
         "cbn-paper",
@@ -127,7 +127,7 @@ _ROWS = (
         "CBN with every switch as its authors have it",
         "Yao et al. 2021",
         page="cbn",
-        cost=4.0,
+        cost=11.0,
     ),
     Method(
         "accumulated",
@@ -135,6 +135,7 @@ _ROWS = (
         "Accumulated BN",
         "moments of all micro-batches so far since the optimizer's step",
         "Bochkovskiy et al. 2020 (CmBN), and ours",
+        cost=5.0,
     ),
     Method(
         "renorm",
@@ -142,6 +143,7 @@ _ROWS = (
         "Batch Renorm",
         "moments of the current batch, corrected within bounds towards the running ones",
         "Ioffe 2017",
+        cost=4.0,
     ),
     Method(
         "bgn",
@@ -149,6 +151,7 @@ _ROWS = (
         "BGN",
         "moments of channel groups of the batch, the fewer the smaller it is",
         "Zhou et al. 2020, and ours",
+        cost=7.0,
     ),
     Method(
         "ghost",
@@ -157,6 +160,7 @@ _ROWS = (
         "moments of every few examples of the batch",
         "Hoffer et al. 2017; Summers & Dinneen 2020",
         trial="ghost(examples_per_group=2)",
+        cost=5.0,
     ),
     Method(
         "batch-group",
@@ -165,6 +169,7 @@ _ROWS = (
         "moments of channel groups of a few examples",
         "Summers & Dinneen 2020",
         trial="batch-group(channel_groups=4)",
+        cost=8.0,
     ),
     Method(
         "iebn",
@@ -172,6 +177,7 @@ _ROWS = (
         "IEBN",
         "BatchNorm with a gate on gamma for each example and channel",
         "Liang et al. 2020",
+        cost=5.0,
     ),
     Method(
         "iebn-cbn",
@@ -180,7 +186,7 @@ _ROWS = (
         "CBN with a gate on gamma for each example and channel",
         "Liang et al. 2020; Yao et al. 2021; and ours",
         page="iebn",
-        cost=5.0,
+        cost=12.0,
     ),
     Method(
         "proxynorm",
@@ -200,7 +206,7 @@ _ROWS = (
         page="proxynorm",
         trial="proxynorm-group(groups=4)",
         per_example=True,
-        cost=5.0,
+        cost=2.5,
     ),
     Method(
         "weighed",
@@ -208,6 +214,7 @@ _ROWS = (
         "BatchNorm, examples weighed",
         "BatchNorm; at inference an example's own moments are mixed into the running ones",
         "Summers & Dinneen 2020",
+        cost=5.0,
     ),
     Method(
         "nonorm",

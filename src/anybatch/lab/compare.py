@@ -66,7 +66,7 @@ def expand(base: TrainConfig, methods: Sequence[str]) -> list[str]:
 def cost(config: TrainConfig) -> float:
     """About how long a run takes, relative to others on the same data: images, and an overhead per forward."""
     known = METHODS.get(config.method.partition("(")[0].strip())
-    return config.epochs * (known.cost if known else 1.0) * (1 + 1.3 / config.batch)
+    return config.epochs * (1 + 1.2 * (known.cost if known else 1.0) / config.batch)
 
 
 def schedule(configs: Sequence[TrainConfig]) -> list[TrainConfig]:

@@ -21,7 +21,7 @@ from anybatch.lab.studies.reading import Study
 __all__ = ["Point", "called", "check_data", "namer", "points", "runs", "seconds", "value_text"]
 
 # Of an image in a run of BatchNorm at a large batch, small-resnet on 28 x 28 pixels, one core: docs/results/f6k.md.
-SECONDS_AN_IMAGE = 1.1e-3
+SECONDS_AN_IMAGE = 0.9e-3
 IMAGES = {"embedded": 6000, "fashion-mnist": 60000}  # to train on, where a study takes all
 NAMES = {"lr": "learning rate", "burn_in_steps": "burn-in", "train_images": "training images"}
 
