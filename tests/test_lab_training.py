@@ -154,7 +154,9 @@ def test_the_forwards_of_a_step_by_name() -> None:
     assert label(config.method) == "CBN (reductions over a step)"
 
 
-@pytest.mark.parametrize(("batch", "mode", "reductions"), [(32, "accumulate", 8), (16, "accumulate", 8), (16, "step", 4)])
+@pytest.mark.parametrize(
+    ("batch", "mode", "reductions"), [(32, "accumulate", 8), (16, "accumulate", 8), (16, "step", 4)]
+)
 def test_a_group_is_a_forward(batch: int, mode: Any, reductions: int) -> None:
     config = ClassifyConfig(batch=batch, mode=mode, epochs=3)
     method = "cbn(examples_per_group=4, average_reductions='step', burn_in_steps='1/3')"

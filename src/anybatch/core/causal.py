@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .answer import By, answer
-from .exponential import Past, carry, count, inverse, renew
+from .exponential import Past, carry, count_numbers, inverse, renew
 from .moments import Moments, blend_each, remaining
 from .pooled import Pooled, Response, Rule
 from .sampling import SeenOfEach
@@ -125,12 +125,12 @@ def _shares(
     """What is counted in the end, and the shares s and at of every batch."""
     n = float(now.size) if rule.by_count else 1.0
     looked = set() if seen is None else set(seen.which.tolist())
-    sizes, shares, at = past.sizes, list[float](), list[float]()
+    sizes, shares, at = past.sizes.tolist(), list[float](), list[float]()
     for t in range(len(now.mean)):
-        sizes, s, newer = count(sizes, rule.kept, n, t in looked)
-        shares.append(float(s))
-        at.append(float(newer))
-    return sizes.tolist(), shares, at
+        sizes, s, newer = count_numbers(sizes, float(rule.kept), n, t in looked)
+        shares.append(s)
+        at.append(newer)
+    return sizes, shares, at
 
 
 def _before(first: Tensor, each: Tensor) -> Tensor:

@@ -158,11 +158,8 @@ def count(
     The second no more than 1 - (1 - s) / 8: the gradient needs yesterday's D, which is what today's leaves of it.
     """
     if at_hand(sizes) and not isinstance(n, Tensor) and not isinstance(kept, Tensor) and isinstance(looked, bool):
-        whole, seen = (size * kept for size in sizes.tolist())
-        whole += n
-        s = n / whole
-        seen, at = (whole, min(1 - seen / whole, 1 - (1 - s) / TIMES)) if looked else (seen, 0.0)
-        return sizes.new_tensor([whole, seen]), s, at
+        numbers, *shares = count_numbers(sizes.tolist(), kept, n, looked)
+        return sizes.new_tensor(numbers), shares[0], shares[1]
     whole, seen = (sizes * kept).unbind()
     whole = whole + n
     least = whole.clamp_min(1)
@@ -170,6 +167,15 @@ def count(
     at = torch.minimum(1 - seen / least, 1 - (1 - s) / TIMES) * looked
     new = torch.stack([whole, torch.where(torch.as_tensor(looked, device=whole.device), whole, seen)])
     return (new, s.item(), at.item()) if at_hand(s) else (new, s, at)
+
+
+def count_numbers(sizes: list[float], kept: float, n: float, looked: bool) -> tuple[list[float], float, float]:
+    """:func:`count` of what lies at hand."""
+    whole, seen = (size * kept for size in sizes)
+    whole += n
+    s = n / whole
+    seen, at = (whole, min(1 - seen / whole, 1 - (1 - s) / TIMES)) if looked else (seen, 0.0)
+    return [whole, seen], s, at
 
 
 def _pooled(mean: Tensor, var: Tensor, s: Tensor | float, now: Moments, used: Tensor | None) -> Pooled:
