@@ -26,9 +26,12 @@ def label(method: str) -> str:
     pretty = re.sub(r"['\"]", "", options.rstrip(")")).replace("burn_in_steps", "burn-in")
     pretty = pretty.replace("average_reductions=step", "reductions over a step").replace("_", " ")
     pretty = ", ".join(" ".join(part.split("=")).strip() for part in pretty.split(",") if part.strip())
-    known = METHODS.get(name.strip())
     name = name.strip()
-    return (known.label if known else BESIDES.get(name, name)) + (f" ({pretty})" if pretty else "")
+    known = METHODS.get(name)
+    called = known.label if known else BESIDES.get(name, name)
+    if not pretty:
+        return called
+    return f"{called.removesuffix(')')}, {pretty})" if called.endswith(")") else f"{called} ({pretty})"
 
 
 def headed(measure: str) -> str:
