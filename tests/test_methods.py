@@ -9,6 +9,7 @@ from torch import nn
 
 import anybatch as ab
 from anybatch.nn import CrossIterationBatchNorm
+from anybatch.typed import tidy_method
 
 
 def test_public_names_are_a_decision() -> None:
@@ -135,8 +136,12 @@ def test_frozen_statistics_stay_while_the_batch_is_used() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("cbn(kind=ring)", "kind is ring, no value: text stands in quotes, as kind='ring'"),
-        ("cbn(window=1+x)", "window is 1 \\+ x, no value"),
+        ("cbn(kind=ring)", "kind=ring is no value: write kind='ring'"),
+        ("cbn(compensate=false)", "compensate=false is no value: write compensate=False"),
+        ("cbn(burn_in_steps=1/3)", "a share of a run is written burn_in_steps='1/3'"),
+        ("cbn(window=1+x)", "window=1 \\+ x is no value: give a number, True, False, None or text in quotes"),
+        ("cbn(window=2, window=3)", "window is given twice; write it like"),
+        ("cbn(", "never closed; write it like"),
         ("cbn(**{'window': 2})", "options are given by name"),
         ("groupnorm", "did you mean gn"),
         ("batchnorm", "did you mean bn"),
@@ -148,6 +153,13 @@ def test_slips_are_answered_with_what_there_is(text: str, said: str) -> None:
     with pytest.raises(ab.AnybatchError, match=said):
         ab.parse_method(text)
     assert ab.parse_method("CBN") == ab.CBN()
+
+
+def test_a_method_is_written_in_one_way() -> None:
+    written = "cbn(window=4, kind='ring', eps=0.001, burn_in_steps='1/3', sync=True)"
+    assert tidy_method(" CBN ( window = 4,kind=\"ring\", eps=1e-3, burn_in_steps='1/3', sync=True,) ") == written
+    assert tidy_method(written) == written
+    assert tidy_method("bn()") == tidy_method("bn") == "bn"
 
 
 ROOT = Path(__file__).parents[1]

@@ -5,13 +5,11 @@ contract tests, the converter, the command line and the lab enumerate this table
 nn.py, are a decision of their own.)
 """
 
-import ast
 import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import nn
 
@@ -28,6 +26,7 @@ from .layers.proxy import ProxyNorm
 from .layers.renorm import BatchRenorm
 from .layers.torch_own import BN, GN
 from .layers.weighed import ExampleWeighedBN
+from .typed import split_method
 
 __all__ = ["METHODS", "Method", "parse_method"]
 
@@ -234,43 +233,24 @@ def parse_method(text: str) -> NormConfig:
     Raises:
         AnybatchError: an unknown method (the closest names are given), an unknown option or a value out of range.
     """
-    typed, _, rest = text.strip().partition("(")
-    name = typed.strip().lower()
+    name, given = split_method(text)
     if name not in METHODS:
         known = {known: row.name for row in METHODS.values() for known in (row.name, row.label.lower())}
         close = difflib.get_close_matches(name, known, cutoff=0.4)
         meant = dict.fromkeys(known[match] for match in close) or METHODS
+        typed = text.partition("(")[0].strip()
         raise AnybatchError(
             f"unknown method {typed!r}; did you mean {' or '.join(meant)}? (`anybatch methods` lists all)"
         )
-    make = METHODS[name].make
-    options = list(inspect.signature(make).parameters)
-    known_options = f"the options of {name} are: {', '.join(options) or 'none'}"
+    options = list(inspect.signature(METHODS[name].make).parameters)
+    for option in given:
+        if option not in options:
+            mend = did_you_mean(option, options, "correct or remove it;")
+            raise AnybatchError(
+                f"method {text!r}: it has no option '{option}'; {mend} the options of {name} are: "
+                f"{', '.join(options) or 'none'}"
+            )
     try:
-        given = _options(rest)
-        for option in given:
-            if option not in options:
-                mend = did_you_mean(option, options, "")
-                raise AnybatchError(f"it has no option '{option}'; {mend}{' ' if mend else ''}{known_options}")
-        return make(**given)
-    except (SyntaxError, TypeError) as error:
-        raise AnybatchError(f"method {text!r}: {error}; write it like cbn(window=16); {known_options}") from error
+        return METHODS[name].make(**given)
     except AnybatchError as error:
         raise AnybatchError(f"method {text!r}: {error}") from error
-
-
-def _options(typed: str) -> dict[str, Any]:
-    """The options in what follows a method's bracket, "window=16)"; none in ""."""
-    call = ast.parse(f"f({typed}" if typed else "f()", mode="eval").body
-    if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
-        raise SyntaxError("options are given by name")
-    return {str(keyword.arg): _value(keyword) for keyword in call.keywords}
-
-
-def _value(keyword: ast.keyword) -> Any:
-    try:
-        return ast.literal_eval(keyword.value)
-    except ValueError as error:
-        typed = ast.unparse(keyword.value)
-        meant = f", as {keyword.arg}='{typed}'" if isinstance(keyword.value, ast.Name) else ""
-        raise SyntaxError(f"{keyword.arg} is {typed}, no value: text stands in quotes{meant}") from error

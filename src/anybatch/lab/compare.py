@@ -15,6 +15,7 @@ from anybatch.lab.tasks import open_task
 from anybatch.lab.training import RunResult, run_key
 from anybatch.lab.workers import Advanced, Failed, Finished, Started, run_all
 from anybatch.methods import METHODS
+from anybatch.typed import split_method, tidy_method
 
 __all__ = ["FULL", "QUICK", "Outcome", "Preset", "compare", "cost", "expand", "plan", "schedule"]
 
@@ -59,13 +60,13 @@ def plan(base: TrainConfig, methods: Sequence[str], batches: Sequence[int], seed
 
 def expand(base: TrainConfig, methods: Sequence[str]) -> list[str]:
     """Methods as typed, each once, with the whole table in the place of "all"."""
-    found = [m for typed in methods for m in (base.all_methods() if typed.strip() == "all" else (typed,))]
+    found = [m for typed in methods for m in (base.all_methods() if typed.strip() == "all" else (tidy_method(typed),))]
     return list(dict.fromkeys(found))
 
 
 def cost(config: TrainConfig) -> float:
     """About how long a run takes, relative to others on the same data: images, and an overhead per forward."""
-    known = METHODS.get(config.method.partition("(")[0].strip())
+    known = METHODS.get(split_method(config.method)[0])
     return config.epochs * (1 + 1.2 * (known.cost if known else 1.0) / config.batch)
 
 

@@ -1,6 +1,5 @@
 """What a run depends on: what every training takes, and what classification adds."""
 
-import re
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -10,6 +9,7 @@ from anybatch.lab import networks
 from anybatch.lab.processes import started
 from anybatch.layers.config import NormConfig
 from anybatch.methods import METHODS, parse_method
+from anybatch.typed import split_method, tidy_method, write_method
 
 __all__ = ["BEST_CBN", "ClassifyConfig", "TrainConfig"]
 
@@ -57,6 +57,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))  # JSON and TOML have lists
+        object.__setattr__(self, "method", tidy_method(self.method))
         if self.batch < 1 or self.gradient_batch % self.batch:
             divisors = [str(b) for b in range(1, self.gradient_batch + 1) if self.gradient_batch % b == 0]
             raise AnybatchError(
@@ -122,17 +123,33 @@ class TrainConfig:
         return parse_method(self.resolved(method, examples))
 
     def resolved(self, method: str, examples: int) -> str:
-        """A method with its quoted fractions and 'step' in training forwards of a run over so many examples.
+        """A method with a burn-in in shares, and reductions averaged over a 'step', in forwards of a run.
 
         Each group of a batch that is taken in groups is a forward.
+
+        Args:
+            method: as typed.
+            examples: that the run trains on.
+
+        Raises:
+            AnybatchError: a share that is none.
         """
-        group = re.search(r"examples_per_group=(\d+)", method)
-        at_once = (min(self.batch, max(1, int(group[1]))) if group else self.batch) * started()
-        of_step = self.gradient_batch if self.mode == "accumulate" else self.batch * started()
-        step = max(1, of_step // at_once)
-        forwards = self.epochs * self.updates(examples) * self.gradient_batch // at_once
-        method = re.sub(r"(['\"])step\1", str(step), method)
-        return re.sub(r"(['\"])(\d+)/(\d+)\1", lambda m: str(forwards * int(m[2]) // int(m[3])), method)
+        name, options = split_method(method)
+        group = options.get("examples_per_group")
+        groups = -(-self.batch // group) if isinstance(group, int) and 0 < group < self.batch else 1
+        batches = self.gradient_batch // (self.batch * started())  # of an update
+        if options.get("average_reductions") == "step":
+            options["average_reductions"] = max(1, batches if self.mode == "accumulate" else 1) * groups
+        if isinstance(share := options.get("burn_in_steps"), str):
+            part, _, whole = share.partition("/")
+            if not (part.isdecimal() and whole.isdecimal() and int(part) <= int(whole) > 0):
+                raise AnybatchError(
+                    f"method {method!r}: burn_in_steps={share!r} is no share of a run: write it as a fraction, at most "
+                    "one, as '1/3'"
+                )
+            forwards = self.epochs * self.updates(examples) * self.gradient_batch // (self.batch * started()) * groups
+            options["burn_in_steps"] = forwards * int(part) // int(whole)
+        return write_method(name, options)
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,8 @@ class CrossIterationBatchNorm(HistoryLayer):
         momentum_batch: examples of a batch at which ``momentum`` is torch's; a smaller batch of n moves the running
             statistics by 1 - (1 - momentum)^(n / momentum_batch). None: every forward counts the same, as in torch.
         running: 'total' (running_var is the total population variance) or 'torch' (average of Bessel variances).
-        burn_in_steps: training forwards, a group of a batch counting as one, normalised by their own batch alone, before
-            the window is used.
+        burn_in_steps: training forwards, or groups of a batch, normalised by themselves alone before the window is
+            used.
         examples_per_group: a larger batch is taken as so many examples at a time, one entry of the history each, as if
             they came one after another without a step between; None: the batch is one entry.
         window_examples: N, examples pooled where no ``window`` is given: a batch of n counts n / N. From N examples on

@@ -1,15 +1,13 @@
-"""Methods as typed, taken apart: the value of one option, and the method without it."""
+"""Options of methods as typed: the value of one, and the method without it."""
 
 import inspect
-import re
 from fractions import Fraction
 from typing import Any
 
 from anybatch.lab.config import ClassifyConfig
+from anybatch.typed import split_method, write_method
 
 __all__ = ["has_option", "option_of", "without_option"]
-
-_VALUE = r"""('[^']*'|"[^"]*"|[^,()'"]+)"""  # quoted, or plain up to the next comma
 
 
 def has_option(base: ClassifyConfig, method: str, name: str) -> bool:
@@ -22,12 +20,14 @@ def option_of(base: ClassifyConfig, method: str, name: str) -> Any:
 
     The method has it, see `has_option`.
     """
-    if share := re.search(rf"\b{name}\s*=\s*['\"](\d+)/(\d+)['\"]", method):
-        return Fraction(int(share[1]), int(share[2]))
+    typed = split_method(method)[1].get(name)
+    if isinstance(typed, str) and "/" in typed:
+        return Fraction(typed)
     return getattr(base.parse(method, base.gradient_batch), name)
 
 
 def without_option(method: str, name: str) -> str:
-    """The method as typed without that option: "cbn(window=4, kind='ring')" -> "cbn(kind='ring')"."""
-    short = re.sub(rf"\b{name}\s*=\s*{_VALUE}\s*,?\s*", "", method)
-    return re.sub(r"\(\s*\)$", "", re.sub(r",\s*\)$", ")", short))
+    """The method without that option: "cbn(window=4, kind='ring')" -> "cbn(kind='ring')"."""
+    method, options = split_method(method)
+    options.pop(name, None)
+    return write_method(method, options)

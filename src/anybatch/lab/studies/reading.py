@@ -11,6 +11,7 @@ from anybatch.lab.config import ClassifyConfig
 from anybatch.lab.networks import check_network
 from anybatch.lab.studies.options import has_option
 from anybatch.lab.toml_table import Table, field_value, fields_of, read_table, shipped_in
+from anybatch.typed import tidy_method
 
 __all__ = ["Study", "View", "read_study", "shipped"]
 
@@ -99,7 +100,7 @@ def read_study(path: Path) -> Study:
     seeds = table.count("seeds")
     if seeds is None:
         raise table.missing("seeds")
-    methods, batches = _several(table, "methods", str), _several(table, "batches", int)
+    methods, batches = _methods(table), _several(table, "batches", int)
     base = ClassifyConfig(**fields_of(table.inner("base", {}), ClassifyConfig, ELSEWHERE))
     vary = _varied(table.inner("vary", {}), base)
     view = _view(table.inner("figure", {}))
@@ -108,6 +109,14 @@ def read_study(path: Path) -> Study:
     study = Study(file.stem, file, title, question, base, methods, batches, seeds, vary, view, get, note)
     _check(table, study)
     return study
+
+
+def _methods(table: Table) -> tuple[str, ...]:
+    try:
+        tidy = [tidy_method(typed) for typed in table.take("methods", tuple[str])]
+    except AnybatchError as error:
+        raise table.error("methods", str(error)) from error
+    return _distinct(table, "methods", tidy)
 
 
 def _several(table: Table, key: str, hint: Any) -> tuple[Any, ...]:
