@@ -145,6 +145,16 @@ def test_burn_in_as_a_share_of_the_forwards() -> None:
     assert config.resolved(config.method, 6000) == "cbn-paper(burn_in_steps=5984)"  # 3 * 187 * 32 / 3
     assert replace(config, batch=4).resolved(config.method, 6000) == "cbn-paper(burn_in_steps=1496)"
     assert "burn_in_steps=5984" in repr(config.norm(6000))
+    ragged = ClassifyConfig(method="CBN( examples_per_group = 3,burn_in_steps='1/2')", batch=4, epochs=1)
+    assert "burn_in_steps=16" in repr(ragged.norm(64))  # two groups of each of 16 batches
+
+
+@pytest.mark.parametrize("share", ["1/0", "4/3", "a third", "0.5", "-1/3", "1 / 3"])
+def test_what_is_no_share_of_a_run(share: str) -> None:
+    with pytest.raises(AnybatchError, match=f"burn_in_steps='{share}' is no share of a run: write it as a fraction"):
+        ClassifyConfig(method=f"cbn(burn_in_steps='{share}')").norm(6000)
+    with pytest.raises(AnybatchError, match="window='1/3'; give a whole number"):
+        ClassifyConfig(method="cbn(window='1/3')").norm(6000)
 
 
 def test_the_forwards_of_a_step_by_name() -> None:

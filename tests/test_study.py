@@ -101,6 +101,9 @@ def test_what_is_varied_has_a_reference_at_every_point(tmp_path: Path) -> None:
         (TINY.replace('["bn", "cbn"]', "[]"), "methods: is empty"),
         (TINY.replace('"cbn"', '"cnb"'), "methods: unknown method 'cnb'; did you mean cbn"),
         (TINY.replace('"cbn"', '"cbn(windw=2)"'), "methods: method 'cbn.windw=2.': .*windw.*the options of cbn are"),
+        (TINY.replace('"cbn"', '"BN ( )"'), "methods: 'bn' is given twice: remove one"),
+        (TINY.replace('"cbn"', '"cbn("'), "methods: method 'cbn.': '.' was never closed; write it like"),
+        (TINY.replace('"cbn"', "\"cbn(burn_in_steps='1/0')\""), "burn_in_steps='1/0' is no share of a run"),
         ("color = 1\n" + TINY, "color: there is no such key: correct or remove it"),
         (TINY + "epoch = 2\n", "base.epoch: a run of 'classify' has no such option: did you mean 'epochs'"),
         (TINY + 'lr = "high"\n', "base.lr: is 'high': give a number"),
@@ -129,6 +132,7 @@ def test_what_is_varied_has_a_reference_at_every_point(tmp_path: Path) -> None:
         ),
         (TINY + '[figure]\ny = "loss"\n', "figure.y: is 'loss': give 'score' or 'difference'"),
         (TINY + '[figure]\nfloor = "low"\n', "figure.floor: is 'low': give a number"),
+        (TINY + "[figure]\nfloor = 150.0\n", "figure.floor: is 150: give percent, from 0 to less than 100"),
         (TINY + "[figure]\nz = 1\n", "figure.z: there is no such key"),
     ],
 )
@@ -208,7 +212,7 @@ def test_a_study_of_which_only_the_reference_is_there(tmp_path: Path, panels: st
     assert is_reference(results[0].config)
     assert study_figure(study, results).axes
     assert "**1 of 10 runs are finished.**" in page(study, results, 2)
-    assert "BatchNorm at batch 32, 78.0 (1 seed) %." in page(study, results, 2)
+    assert "BatchNorm at batch 32, 78.0 % (1 seed)." in page(study, results, 2)
 
 
 def test_a_figure_of_runs_that_all_diverged(tmp_path: Path) -> None:

@@ -133,6 +133,9 @@ def test_what_cannot_be_checked(folder: Path, published: Path) -> None:
     assert code == 2
     assert "there is no published study 'window' in docs/results/studies: give the folder" in output
     assert "publish with anybatch study window --publish docs/results/studies" in output
+    code, output = run("windo", "--check")
+    assert code == 2
+    assert "there are no published studies in windo: did you mean 'window'?" in output
     code, output = run("--check", str(published), "--longest", "0")
     assert code == 2
     assert "of 8 published runs 8 took longer than --longest (the shortest took " in output

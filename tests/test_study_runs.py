@@ -209,6 +209,10 @@ def test_what_cannot_be_published(folder: Path) -> None:
     (folder / "taken").write_text("a file")
     with pytest.raises(AnybatchError, match=r"the study's page cannot be written to .*taken .*the runs are safe"):
         publish(folder / "taken", study, made_up(study))
+    (folder / "others").mkdir()
+    written(folder / "others", TINY.replace('"Tiny"', '"Another"'))
+    with pytest.raises(AnybatchError, match=r"others has another study named tiny, 'Another': rename .*tiny.toml"):
+        publish(folder / "others", study, made_up(study))
     (folder / "there" / "tiny.toml").mkdir(parents=True)
     with pytest.raises(AnybatchError, match=r"the study cannot be published in .*there .*: allow writing there"):
         publish(folder / "there", study, made_up(study))

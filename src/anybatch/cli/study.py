@@ -50,7 +50,7 @@ def study(
     ] = 3.0,  # rounding alone moves a run by a point or so, at worst by three: docs/results/f6k.md
     longest: Annotated[
         float | None,
-        typer.Option(help="With --check: leave out runs that took longer, in seconds.", show_default="any"),
+        typer.Option(min=0, help="With --check: leave out runs that took longer, in seconds.", show_default="any"),
     ] = None,
 ) -> None:
     """Answer a question by all the runs it takes: a page with a figure and tables. Without a name: list the studies.

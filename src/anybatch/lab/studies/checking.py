@@ -11,11 +11,12 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from anybatch.errors import AnybatchError
+from anybatch.errors import AnybatchError, did_you_mean
 from anybatch.lab import machine
 from anybatch.lab.config import TrainConfig
 from anybatch.lab.studies.planning import namer
 from anybatch.lab.studies.publishing import published_runs
+from anybatch.lab.studies.reading import shipped
 from anybatch.lab.training import RunResult
 from anybatch.lab.workers import Failed, Finished, run_all
 
@@ -119,10 +120,9 @@ def draw(folder: Path, rows: int, seed: int, longest: float | None = None, study
         if study != "*":
             there = ", ".join(sorted(path.stem for path in folder.glob("*.jsonl")))
             what, name = f"is no published study '{study}'{f' beside {there}' if there else ''}", study
-        raise AnybatchError(
-            f"there {what} in {folder}: give the folder that has some, or publish with "
-            f"anybatch study {name} --publish {folder}"
-        )
+        mend = f"give the folder that has some, or publish with anybatch study {name} --publish {folder}"
+        mend = mend if folder.exists() else did_you_mean(str(folder), shipped(), mend)
+        raise AnybatchError(f"there {what} in {folder}: {mend}")
     found: dict[str, Published] = {}  # a run that several studies share is one
     for file in files:
         runs = published_runs(file)

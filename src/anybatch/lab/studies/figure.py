@@ -162,7 +162,8 @@ def _limits(layout: Layout, view: View) -> tuple[float, float]:
     shown += [each for each in references if each is not None] if view.y == "score" else [Estimate(0.0, None, 1)]
     ends = [mean + sign * (width or 0.0) for mean, width, _ in shown for sign in (-1, 1)] or [0.0, 1.0]
     low, high = min(ends) if view.floor is None else view.floor, max(ends)
-    margin = 0.05 * max(high - low, 0.1)
+    high = max(high, low + 1)  # all may lie below the floor
+    margin = 0.05 * (high - low)
     low, high = low - margin * (view.floor is None), high + margin
     # Two seeds can give intervals that no accuracy reaches.
     return (max(low, 0.0), min(high, 100.5)) if view.y == "score" else (low, high)

@@ -79,7 +79,7 @@ def _tables(study: Study, results: Sequence[RunResult], seeds: int) -> list[str]
         alone = len(set(references.values())) == 1
         if alone:
             (row,) = set(references.values())
-            parts.append(f"Reference: {_reference(row)}, {_score(row, seeds)} %.")
+            parts.append(f"Reference: {_reference(row)}, {_score(row, seeds, ' %')}.")
         head = f"{study.base.measure}, %"
         above = [] if alone else [("**reference**", {x: _score(row, seeds) for x, row in references.items()})]
         parts.append(_table(head, layout, panel, view, lambda cell: _score(cell.row, seeds), above))
@@ -113,12 +113,12 @@ def _table(
     return "\n".join(lines)
 
 
-def _score(row: Row | None, seeds: int) -> str:
+def _score(row: Row | None, seeds: int, unit: str = "") -> str:
     if row is None:
         return "–"
     diverged = f" ({row.diverged} of {row.runs} diverged)" if row.diverged else ""
     fewer = f" ({row.runs} seed{'s' * (row.runs != 1)})" if row.runs != seeds else ""
-    return estimate_text(row.accuracy) + diverged + fewer
+    return estimate_text(row.accuracy) + unit + diverged + fewer
 
 
 def _difference(cell: Cell) -> str:

@@ -45,14 +45,21 @@ def publish(folder: Path, study: Study, results: Sequence[RunResult]) -> Path:
     """Writes the page and what goes with it into `folder`; a study of one's own goes along.
 
     Raises:
-        AnybatchError: they cannot be written, or the name is taken by a study of the package.
+        AnybatchError: they cannot be written, or the name is taken by a study of the package, or there by one of
+            another title.
     """
     if not study.shipped and study.name in shipped():
         raise AnybatchError(f"{study.path} has the name of a study in the package: rename it, then publish")
+    there = folder / f"{study.name}.toml"
+    if not study.shipped and there.is_file() and read_study(there).title != study.title:
+        raise AnybatchError(
+            f"{folder} has another study named {study.name}, '{read_study(there).title}': rename {study.path}, or "
+            f"publish into another folder"
+        )
     path = write_page(folder, study, results)
     try:
-        if not study.shipped and study.path.resolve() != (folder / f"{study.name}.toml").resolve():
-            write_atomically(folder / f"{study.name}.toml", study.path.read_bytes())
+        if not study.shipped and study.path.resolve() != there.resolve():
+            write_atomically(there, study.path.read_bytes())
     except OSError as error:
         raise AnybatchError(
             f"the study cannot be published in {folder} ({error.strerror or error}): allow writing there"

@@ -164,6 +164,11 @@ def _check(table: Table, study: Study) -> None:
         check_network(study.base.network)
     except AnybatchError as error:
         raise table.error("base.network", str(error)) from error
+    least, few = study.base.gradient_batch, study.base.train_images
+    if few is not None and few < least:
+        raise table.error("base.train_images", f"is {few}, less than a gradient batch: give at least {least}")
+    if study.view.floor is not None and study.view.y == "score" and not 0 <= study.view.floor < 100:
+        raise table.error("figure.floor", f"is {study.view.floor:g}: give percent, from 0 to less than 100")
     for batch in study.batches:
         for size in study.vary.get("gradient_batch", (study.base.gradient_batch,)):
             try:

@@ -125,7 +125,7 @@ def check(
         raise AnybatchError(f"--tolerance is {tolerance:g}: give at least 0 points")
     sample = checking.draw(folder, rows, seed, longest, study)
     console.print(f"{len(sample.runs)} of {sample.published} published runs, drawn with seed {seed}", soft_wrap=True)
-    if longest is not None:
+    if sample.longer:
         console.print(f"Left out: {sample.longer} that took longer than {longest:g} s")
     if sample.elsewhere:
         console.print(f"Left out: {sample.elsewhere} on a device that is not here")
