@@ -105,7 +105,8 @@ def table(runs: list[dict[str, Any]]) -> Iterator[str]:
 def difference(mine: dict[int, float | None], other: dict[int, float | None]) -> str:
     """Mean and half the 95 % interval over the seeds that both have finished."""
     pairs = [(mine[seed], other[seed]) for seed in mine if seed in other]
-    return difference_text(estimate([a - b for a, b in pairs if a is not None and b is not None]), 2)
+    apart = [a - b for a, b in pairs if a is not None and b is not None]
+    return difference_text(estimate(apart), 2) if apart else ""
 
 
 def main() -> None:
