@@ -22,6 +22,7 @@ from anybatch.lab import networks
 from anybatch.lab.config import ClassifyConfig
 from anybatch.lab.data import Dataset, load
 from anybatch.lab.summary import label
+from anybatch.typed import split_method
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 PROTOCOLS = {
@@ -55,7 +56,7 @@ class Setting:
 
     def of(self, advised: str) -> float:
         """Points of a method: as it is typed, or with other options if it was run with these alone."""
-        name = advised.partition("(")[0]
+        name = split_method(advised)[0]
         others = (points for method, points in self.points.items() if method.partition("(")[0] == name)
         return self.points[advised] if advised in self.points else next(others)
 

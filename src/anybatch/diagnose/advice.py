@@ -27,6 +27,7 @@ from ..errors import AnybatchError
 from ..layers.base import NormLayer
 from ..layers.config import NormConfig
 from ..methods import METHODS, parse_method
+from ..typed import split_method, write_method
 from . import batch_noise, history_error
 from .batch_noise import BatchNoise
 from .experience import forecast_of
@@ -100,9 +101,11 @@ class Advice:
     @property
     def code(self) -> str:
         """The advised config, as one writes it."""
-        name, _, typed = self.method.partition("(")
-        fixed = [f"{key}={value!r}" for key, value in getattr(METHODS[name].make, "keywords", {}).items()]
-        return f"ab.{type(self.config).__name__}({', '.join([*fixed, *filter(None, [typed.rstrip(')')])])})"
+        name, options = split_method(self.method)
+        options = getattr(METHODS[name].make, "keywords", {}) | options
+        return "ab." + (
+            write_method(type(self.config).__name__, options) if options else f"{type(self.config).__name__}()"
+        )
 
     def __str__(self) -> str:
         first, *others = self.candidates

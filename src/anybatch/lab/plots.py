@@ -18,6 +18,7 @@ from anybatch.lab.summary import REFERENCE, Row, Summary, headed
 from anybatch.lab.training import RunResult
 from anybatch.methods import METHODS
 from anybatch.reporting.style import MARKERS, MUTED, SERIES, STYLE
+from anybatch.typed import split_method
 
 __all__ = [
     "DASHED",
@@ -144,7 +145,7 @@ def colours_of(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     taken: dict[str, int] = {}
     for method in sorted(methods, key=lambda method: method not in places):
         free = [place for place in range(len(SERIES)) if place not in taken.values()]
-        place = places.get(method.partition("(")[0], 0)
+        place = places.get(split_method(method)[0], 0)
         taken[method] = place if place in free or not free else free[0]
     return {method: (SERIES[place], MARKERS[place % len(MARKERS)]) for method, place in taken.items()}
 

@@ -1,14 +1,15 @@
 """What the finished runs say: rows of a table, and two sentences that claim no more than the numbers do."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from anybatch.lab.config import ClassifyConfig, TrainConfig
 from anybatch.lab.statistics import Estimate, estimate
 from anybatch.lab.training import RunResult
 from anybatch.methods import METHODS
+from anybatch.typed import split_method
 
 __all__ = ["REFERENCE", "Row", "Summary", "grouped", "headed", "is_reference", "label", "paired", "summarise"]
 
@@ -22,16 +23,19 @@ FEW = 4  # variants of one method that are each worth a sentence
 
 def label(method: str) -> str:
     """The name of a method for people: "cbn-paper(burn_in_steps='1/3')" -> "CBN as released (burn-in 1/3)"."""
-    name, _, options = method.partition("(")
-    pretty = re.sub(r"['\"]", "", options.rstrip(")")).replace("burn_in_steps", "burn-in")
-    pretty = pretty.replace("average_reductions=step", "reductions over a step").replace("_", " ")
-    pretty = ", ".join(" ".join(part.split("=")).strip() for part in pretty.split(",") if part.strip())
-    name = name.strip()
+    name, options = split_method(method)
     known = METHODS.get(name)
     called = known.label if known else BESIDES.get(name, name)
-    if not pretty:
+    if not options:
         return called
-    return f"{called.removesuffix(')')}, {pretty})" if called.endswith(")") else f"{called} ({pretty})"
+    told = ", ".join(_told(option, value) for option, value in options.items())
+    return f"{called.removesuffix(')')}, {told})" if called.endswith(")") else f"{called} ({told})"
+
+
+def _told(option: str, value: Any) -> str:
+    if (option, value) == ("average_reductions", "step"):
+        return "reductions over a step"
+    return f"{'burn-in' if option == 'burn_in_steps' else option} {value}".replace("_", " ")
 
 
 def headed(measure: str) -> str:
@@ -159,7 +163,7 @@ def _conclusions(rows: Sequence[Row], measure: str) -> tuple[str, ...]:
         sentences = [_sentence(collapsed, f"At batch {smallest}, BatchNorm", at)]
     if others:
         best = max(others, key=lambda row: row.accuracy.mean if row.accuracy else 0.0)
-        if len({row.method.partition("(")[0] for row in others}) == 1 and len(others) <= FEW:
+        if len({split_method(row.method)[0] for row in others}) == 1 and len(others) <= FEW:
             sentences += [_sentence(row, f"At batch {smallest}, {row.label}", at) for row in others]
         else:
             which = f"{best.label}, the best of {len(others)} other methods there,"

@@ -10,6 +10,7 @@ from anybatch.lab import networks
 from anybatch.lab.bench.synced import SyncBN
 from anybatch.lab.released import NAME, Released
 from anybatch.methods import METHODS, parse_method
+from anybatch.typed import split_method
 
 __all__ = ["COMPILED", "DTYPES", "FOLDED", "FORMATS", "GRAPHS", "REFERENCE", "WHAT", "BenchConfig", "Row"]
 
@@ -88,7 +89,7 @@ class BenchConfig:
         Raises:
             AnybatchError: there is no such method or option.
         """
-        name = method.partition("(")[0].strip().lower()
+        name = split_method(method)[0]
         own = {NAME: Released.parse, SyncBN.name: SyncBN.parse}
         norm: Any = own[name](method) if name in own else parse_method(method)
         if self.window is None or getattr(norm, "window", 1) == 1:
@@ -114,5 +115,5 @@ class BenchConfig:
 
 
 def _folds(method: str) -> bool:
-    row = METHODS.get(method.partition("(")[0].strip().lower())
+    row = METHODS.get(split_method(method)[0])
     return row is not None and row.foldable

@@ -13,6 +13,7 @@ from anybatch.lab.bench.config import BenchConfig, Row
 from anybatch.lab.bench.traffic import Traffic
 from anybatch.lab.summary import label
 from anybatch.reporting.files import write_atomically
+from anybatch.typed import split_method
 
 __all__ = ["TIMINGS", "Outcome", "Timing", "name_of", "save"]
 
@@ -95,7 +96,7 @@ class Outcome:
 
 def name_of(row: Row) -> str:
     """What tables and plots call a row."""
-    name = row.method.partition("(")[0].strip()
+    name = split_method(row.method)[0]
     text = label(row.method).replace(name, OTHERS[name], 1) if name in OTHERS else label(row.method)
     return f"{text}, {row.how}" if row.how else text
 
