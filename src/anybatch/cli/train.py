@@ -41,8 +41,8 @@ def compare(
             "--method",
             "--methods",
             help="As for train; repeat for several; 'all' for the whole table. "
-            "A quoted fraction, as in \"cbn-paper(burn_in_steps='1/3')\", "
-            "is that share of the training forwards.",
+            "A burn-in may be a quoted fraction, as in \"cbn-paper(burn_in_steps='1/3')\": "
+            "that share of the training forwards.",
         ),
     ] = None,
     batch: Annotated[

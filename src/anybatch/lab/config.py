@@ -21,9 +21,9 @@ class TrainConfig:
     """Everything that a run depends on, besides the data itself; each task adds fields of its own.
 
     Attributes:
-        method: as `anybatch.methods.parse_method` reads it; a quoted fraction such as '1/3' in it stands for that share
-            of the training forwards, of which each of several processes has its part; a quoted 'step' for the forwards
-            of one step of the optimizer.
+        method: as `anybatch.methods.parse_method` reads it, but that burn_in_steps may be a quoted fraction, '1/3', for
+            that share of the training forwards, of which each of several processes has its part, and
+            average_reductions 'step', for the forwards of one step of the optimizer.
         batch: examples that a normalization layer sees at once; divides `gradient_batch`.
         lr: for a gradient batch of `lr_batch`; falls to 0 along a cosine over the run, unless there are `milestones`.
         gradient_batch: examples per update in mode "accumulate".
