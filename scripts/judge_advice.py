@@ -57,7 +57,7 @@ class Setting:
     def of(self, advised: str) -> float:
         """Points of a method: as it is typed, or with other options if it was run with these alone."""
         name = split_method(advised)[0]
-        others = (points for method, points in self.points.items() if method.partition("(")[0] == name)
+        others = (points for method, points in self.points.items() if split_method(method)[0] == name)
         return self.points[advised] if advised in self.points else next(others)
 
 

@@ -54,8 +54,7 @@ def normalise_parts(
 
 def _at_once(norm: "CrossIterationBatchNorm", y: Tensor, size: int) -> bool:
     values = size * (y[0, 0].numel() if y.dim() > 2 else 1)
-    sampled = norm.positions is not None or not norm.compensates
-    sampled = sampled and norm.kind == "exponential"
+    sampled = norm.kind == "exponential" and (norm.positions is not None or not norm.compensates)
     here = norm.group is None and at_hand(y.detach()) and y.dtype == compute_dtype(y.dtype)
     return sampled and here and values > 1
 

@@ -131,11 +131,10 @@ def _draw(
     if grey:
         plain = [c for c in layout.cells if c.method == REFERENCE and c.panel != panel]
         draw_line(axes, _points(plain, axis, view), MUTED, ".", faint=True)
-    lines, floor = layout.lines(panel), -math.inf if view.floor is None else view.floor
+    floor = -math.inf if view.floor is None else view.floor
     below: list[tuple[float, float, str]] = []
-    lines = {
-        line: cells for line, cells in lines.items() if not _is_reference(cells.values())
-    }  # which is drawn already
+    # The reference is drawn already.
+    lines = {line: cells for line, cells in layout.lines(panel).items() if not _is_reference(cells.values())}
     along = [line for line, cells in lines.items() if any(x != WITHOUT for x in cells)]
     for line, cells in lines.items():
         colour, marker = styles[line, next(iter(cells.values())).method]
@@ -161,9 +160,10 @@ def _limits(layout: Layout, view: View) -> tuple[float, float]:
     references = [cell.reference.accuracy for cell in layout.cells if cell.reference is not None]
     shown += [each for each in references if each is not None] if view.y == "score" else [Estimate(0.0, None, 1)]
     ends = [mean + sign * (width or 0.0) for mean, width, _ in shown for sign in (-1, 1)] or [0.0, 1.0]
-    low, high = min(ends) if view.floor is None else view.floor, max(ends)
-    high = max(high, low + 1)  # all may lie below the floor
-    margin = 0.05 * (high - low)
+    low, high = min(ends), max(ends)
+    if view.floor is not None:
+        low, high = view.floor, max(high, view.floor + 1)  # all may lie below it
+    margin = 0.05 * max(high - low, 0.1)
     low, high = low - margin * (view.floor is None), high + margin
     # Two seeds can give intervals that no accuracy reaches.
     return (max(low, 0.0), min(high, 100.5)) if view.y == "score" else (low, high)

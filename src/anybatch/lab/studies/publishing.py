@@ -51,10 +51,10 @@ def publish(folder: Path, study: Study, results: Sequence[RunResult]) -> Path:
     if not study.shipped and study.name in shipped():
         raise AnybatchError(f"{study.path} has the name of a study in the package: rename it, then publish")
     there = folder / f"{study.name}.toml"
-    if not study.shipped and there.is_file() and read_study(there).title != study.title:
+    if not study.shipped and there.is_file() and (title := read_study(there).title) != study.title:
         raise AnybatchError(
-            f"{folder} has another study named {study.name}, '{read_study(there).title}': rename {study.path}, or "
-            f"publish into another folder"
+            f"{folder} has another study named {study.name}, '{title}': rename {study.path}, or publish into another "
+            f"folder"
         )
     path = write_page(folder, study, results)
     try:
