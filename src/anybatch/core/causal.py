@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .answer import By, answer
-from .exponential import Past, carry, count_numbers, inverse, renew
+from .exponential import Past, carry, count_numbers, inverse, renew, without_map
 from .moments import Moments, blend_each, remaining
 from .pooled import Pooled, Response, Rule
 from .sampling import SeenOfEach
@@ -66,8 +66,7 @@ def advance_each(
     s, at = (past.sizes.new_tensor(v).unsqueeze(1) for v in (shares, newer))
     if seen is None:
         mean, var = blend_each(past.mean, past.var, now.mean, now.var, shares)
-        of_map = dict.fromkeys(("mean_at", "var_at", "per"), mean[-1])  # which nobody reads
-        new = past._replace(sizes=past.sizes.new_tensor(sizes), mean=mean[-1], var=var[-1], **of_map)
+        new = without_map(past, past.sizes.new_tensor(sizes), mean[-1], var[-1])
         return (_pooled(mean, var, s, now, alone), None, new) if finite(mean + var) is True else None
     carried, _ = carry(past, None, rows, bias, None, rule)
     mean, var = blend_each(carried.mean, carried.var, now.mean, now.var, shares)

@@ -44,7 +44,7 @@ from .sampling import Seen
 from .taylor import by_patch
 from .tensors import at_hand, finite
 
-__all__ = ["Past", "advance", "carry", "count", "inverse", "renew"]
+__all__ = ["Past", "advance", "carry", "count", "inverse", "renew", "without_map"]
 
 
 class Past(NamedTuple):
@@ -109,9 +109,7 @@ def advance(
         mean, var = blend(past.mean, past.var, now.mean, now.var, s)
         ok = _good(now, take, mean, var)
         sizes, kept, kept_var = _where(ok, (sizes, mean, var), past)
-        of_map = dict.fromkeys(("mean_at", "var_at", "per"), kept)  # which nobody reads
-        new = past._replace(sizes=sizes, mean=kept, var=kept_var, **of_map)
-        return _pooled(mean, var, s, now, used), None, new, ok
+        return _pooled(mean, var, s, now, used), None, without_map(past, sizes, kept, kept_var), ok
     carried, own = carry(past, seen, rows, bias, part, rule)
     mean, var = blend(carried.mean, carried.var, now.mean, now.var, s)
     # Without a look it is as if the batch's positions were those of the past.
@@ -148,6 +146,11 @@ def advance(
         covariance = renew(past.covariance, keep, lefts, right, whole, in_place)
         new = new._replace(patch=_where(ok, [past.patch.lerp(patch, at)], [past.patch])[0], covariance=covariance)
     return pooled, Response(patches, new.covariance, second, None if second is not None else left, by, answer), new, ok
+
+
+def without_map(past: Past, sizes: Tensor, mean: Tensor, var: Tensor) -> Past:
+    """The past of a norm behind no map: nothing reads what the others say of its positions."""
+    return past._replace(sizes=sizes, mean=mean, var=var, mean_at=mean, var_at=mean, per=mean)
 
 
 def count(

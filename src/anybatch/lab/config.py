@@ -137,9 +137,9 @@ class TrainConfig:
         name, options = split_method(method)
         group = options.get("examples_per_group")
         groups = -(-self.batch // group) if isinstance(group, int) and 0 < group < self.batch else 1
-        batches = self.gradient_batch // (self.batch * started())  # of an update
+        forwards = max(1, self.gradient_batch // (self.batch * started())) * groups  # over an update's examples
         if options.get("average_reductions") == "step":
-            options["average_reductions"] = max(1, batches if self.mode == "accumulate" else 1) * groups
+            options["average_reductions"] = forwards if self.mode == "accumulate" else groups
         if isinstance(share := options.get("burn_in_steps"), str):
             part, _, whole = share.partition("/")
             if not (part.isdecimal() and whole.isdecimal() and int(part) <= int(whole) > 0):
@@ -147,8 +147,7 @@ class TrainConfig:
                     f"method {method!r}: burn_in_steps={share!r} is no share of a run: write it as a fraction, at most "
                     "one, as '1/3'"
                 )
-            forwards = self.epochs * self.updates(examples) * self.gradient_batch // (self.batch * started()) * groups
-            options["burn_in_steps"] = forwards * int(part) // int(whole)
+            options["burn_in_steps"] = self.epochs * self.updates(examples) * forwards * int(part) // int(whole)
         return write_method(name, options)
 
 
