@@ -43,7 +43,6 @@ class Method:
         source: paper.
         page: in docs/methods/, without its ending; by default the name.
         trial: as typed for networks of few channels, where the defaults do not fit those; by default the name.
-        per_example: whether training statistics see one example at a time.
         cost: about what a training forward takes in BatchNorm's time, at one example on a CPU; to plan runs by.
     """
 
@@ -54,7 +53,6 @@ class Method:
     source: str
     page: str = ""
     trial: str = ""
-    per_example: bool = False
     cost: float = 1.0
 
     def __post_init__(self) -> None:
@@ -75,6 +73,11 @@ class Method:
     def needs_map(self) -> bool:
         """Whether its layers have to know the map that feeds them."""
         return self.config.needs_map
+
+    @property
+    def per_example(self) -> bool:
+        """Whether training statistics see one example at a time."""
+        return self.config.in_groups(1) == self.config
 
     @property
     def foldable(self) -> bool:
@@ -100,7 +103,6 @@ _ROWS = (
         "Wu & He 2018",
         page="torch",
         trial="gn(groups=4)",
-        per_example=True,
     ),
     Method(
         "cbn",
@@ -193,7 +195,6 @@ _ROWS = (
         "Proxy Norm (layer)",
         "layer norm of one example, then the activation normalised by the moments of a proxy",
         "Labatie et al. 2021",
-        per_example=True,
         cost=5.0,
     ),
     Method(
@@ -204,7 +205,6 @@ _ROWS = (
         "Labatie et al. 2021",
         page="proxynorm",
         trial="proxynorm-group(groups=4)",
-        per_example=True,
         cost=2.5,
     ),
     Method(
@@ -221,7 +221,6 @@ _ROWS = (
         "No normalization",
         "the norm's scale and shift alone, to see what its moments do",
         "Bjorck et al. 2018",
-        per_example=True,
     ),
 )
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}

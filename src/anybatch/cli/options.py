@@ -8,6 +8,7 @@ import typer
 
 __all__ = [
     *(
+        "AtOnce",
         "Augment",
         "Batches",
         "Checkpoint",
@@ -46,6 +47,14 @@ TestImages = Annotated[int | None, typer.Option(help="Test on only the first so 
 ImageSize = Annotated[int, typer.Option(help="Pixels a side that the images of a folder are resized to.")]
 Augment = Annotated[
     bool, typer.Option("--augment", help="Shift training images by up to 4 pixels, and mirror half of them.")
+]
+AtOnce = Annotated[
+    bool,
+    typer.Option(
+        "--at-once/--one-by-one",
+        help="Give the network the small batches of a step at once where the method makes the same of them so, on a CPU"
+        "; or always one after another.",
+    ),
 ]
 Network = Annotated[str, typer.Option(help="'small-resnet', 'wide-resnet', 'deep-resnet' or 'resnet18'.")]
 LearningRate = Annotated[float, typer.Option(help="For a gradient batch of 32; falls to 0 along a cosine.")]

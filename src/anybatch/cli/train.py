@@ -11,6 +11,7 @@ from rich.console import Console
 
 from anybatch.cli.app import app
 from anybatch.cli.options import (
+    AtOnce,
     Augment,
     Data,
     Device,
@@ -60,6 +61,7 @@ def compare(
     mode: GradientMode = Mode.accumulate,
     device: Device = "cpu",
     norm_weight_decay: NormWeightDecay = None,
+    at_once: AtOnce = True,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time.", show_default="one a core")] = None,
     out: Annotated[Path, typer.Option(help="Folder for runs, figures and report.")] = Path("results/compare"),
     quick: Annotated[bool, typer.Option("--quick", help="Few runs on few images: minutes, for a first look.")] = False,
@@ -86,6 +88,7 @@ def compare(
         mode=mode.value,
         device=device,
         norm_weight_decay=norm_weight_decay,
+        at_once=at_once,
     )
     configs = lab.plan(base, method or preset.methods, batch or preset.batches, seeds or preset.seeds)
     command = shlex.join(["anybatch", *sys.argv[1:]])

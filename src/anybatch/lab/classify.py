@@ -1,7 +1,7 @@
 """Classification: images with labels, cross-entropy, accuracy."""
 
 import math
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from anybatch.lab.augment import augmented
 from anybatch.lab.config import ClassifyConfig
 from anybatch.lab.data import Dataset, load
 from anybatch.lab.task import Scores, Split, Task
+from anybatch.layers.config import NormConfig
 
 __all__ = ["EVALUATION_BATCH", "Classify", "open_classify"]
 
@@ -35,12 +36,17 @@ class Classify(Task[ClassifyConfig]):
         """What the method resolves to."""
         return repr(self.config.norm(self.train_count))
 
+    @cached_property
+    def _whole(self) -> NormConfig | None:
+        return self.config.whole(self.config.norm(self.train_count))
+
     def build(self) -> nn.Module:
         """The network with its method."""
         torch.manual_seed(self.config.seed)
         model = networks.build(self.config.network, len(self.dataset.classes), self.dataset.train_images.shape[1])
         example = self.dataset.normalise(self.dataset.train_images[:2])
-        self.conversion = str(convert_(model, self.config.norm(self.train_count), example_inputs=(example,)))
+        norm = self._whole or self.config.norm(self.train_count)
+        self.conversion = str(convert_(model, norm, example_inputs=(example,)))
         return model.to(self.config.device).train()
 
     def batch(self, indices: Tensor, seen: int) -> tuple[Tensor, Tensor]:
@@ -52,8 +58,9 @@ class Classify(Task[ClassifyConfig]):
         return self.dataset.normalise(images), self.dataset.train_labels[indices].to(self.config.device)
 
     def batches(self, indices: Tensor, count: int, seen: int) -> list[tuple[Tensor, Tensor]]:
-        """The micro-batches of a step, normalised at once."""
+        """The micro-batches of a step, normalised together; one of all of them where they go at once."""
         images, labels = self.batch(indices, seen)
+        count = 1 if self._whole else count
         return list(zip(images.chunk(count), labels.chunk(count), strict=True))
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

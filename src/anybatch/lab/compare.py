@@ -67,7 +67,8 @@ def expand(base: TrainConfig, methods: Sequence[str]) -> list[str]:
 def cost(config: TrainConfig) -> float:
     """About how long a run takes, relative to others on the same data: images, and an overhead per forward."""
     known = METHODS.get(split_method(config.method)[0])
-    return config.epochs * (1 + 1.2 * (known.cost if known else 1.0) / config.batch)
+    overhead, together = (known.cost, config.whole(known.small) is not None) if known else (1.0, False)
+    return config.epochs * (1 + 1.2 * overhead / (config.gradient_batch if together else config.batch))
 
 
 def schedule(configs: Sequence[TrainConfig]) -> list[TrainConfig]:

@@ -1,6 +1,6 @@
 """What a run depends on: what every training takes, and what classification adds."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -100,7 +100,9 @@ class TrainConfig:
             "warmup_start": self.warmup_start if self.warmup_steps == 0 else None,
             "augment": False,
         }
-        return {name: value for name, value in self.record().items() if name not in later or value != later[name]}
+        record = self.record()
+        record.pop("at_once", None)  # how a run is made, and not which
+        return {name: value for name, value in record.items() if name not in later or value != later[name]}
 
     def updates(self, examples: int) -> int:
         """Gradient batches per epoch; the last, partial one is dropped."""
@@ -109,6 +111,10 @@ class TrainConfig:
     def all_methods(self) -> tuple[str, ...]:
         """Every method of the table, as typed."""
         return tuple(METHODS)
+
+    def whole(self, norm: NormConfig) -> NormConfig | None:
+        """What stands for `norm` where an update's micro-batches are given at once; None: each goes by itself."""
+        return None
 
     def norm(self, examples: int) -> NormConfig:
         """The configuration of the normalization layers.
@@ -159,6 +165,8 @@ class ClassifyConfig(TrainConfig):
         train_images: only the first so many; None is all. Likewise `test_images`.
         image_size: pixels a side that the images of a folder are resized to.
         augment: shift training images by up to four pixels, and mirror half of them.
+        at_once: on a CPU, give the network the micro-batches of an update at once where its method makes the same of
+            them so, as one that sees one example at a time does, and CBN in groups: one forward in place of many.
     """
 
     task = "classify"
@@ -171,7 +179,13 @@ class ClassifyConfig(TrainConfig):
     image_size: int = 64
     network: str = "small-resnet"
     augment: bool = False
+    at_once: bool = field(default=False, compare=False)
 
     def all_methods(self) -> tuple[str, ...]:
         """Every method of the table, as typed, with options that fit the network's channels."""
         return networks.all_methods(self.network)
+
+    def whole(self, norm: NormConfig) -> NormConfig | None:
+        """As its method has it in groups, with `at_once`."""
+        several = self.mode == "accumulate" and self.batch < self.gradient_batch
+        return norm.in_groups(self.batch) if self.at_once and several and self.device == "cpu" else None

@@ -118,7 +118,8 @@ def facts_of(results: Sequence[RunResult]) -> list[tuple[str, str]]:
     for result in results:
         machine, versions = result.facts.get("machine", {}), result.facts.get("versions", {})
         pairs = [*machine.items(), *versions.items(), ("commit", result.facts.get("commit"))]
-        for name, value in [*pairs, ("data fingerprint", result.fingerprint)]:
+        at_once = "at once where that computes the same" if result.config.record().get("at_once") else None
+        for name, value in [*pairs, ("data fingerprint", result.fingerprint), ("micro-batches", at_once)]:
             if value is not None:
                 facts.setdefault(str(name), {})[str(value)] = None
     return [(name, ", ".join(values)) for name, values in facts.items()]

@@ -25,7 +25,7 @@ the gradient through the history, averaged reductions, shares by count (``poolin
 counts examples (``momentum_batch``) and whose variance is the total one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_type_hints
 
 import torch
@@ -42,13 +42,11 @@ from .config import NormConfig
 from .exponential import Exponential
 from .feed import Feed, map_of
 from .history import History, HistoryLayer, Today, as_computed
-from .parts import normalise_parts
+from .parts import can_go_at_once, normalise_parts
 from .replay import first_run, once
 from .ring import Ring
 
 __all__ = ["CBN", "CrossIterationBatchNorm"]
-
-ENOUGH = 16  # values to pool that come one a batch, or as many as the window has
 
 
 class CrossIterationBatchNorm(HistoryLayer):
@@ -236,13 +234,7 @@ class CrossIterationBatchNorm(HistoryLayer):
         self, history: History, today: Today, seen: Any, kept: Tensor | float
     ) -> tuple[Pooled, Response | None, Tensor | bool, Any]:
         pooled, response, ok, new = history.pool(today, seen, self.rule(kept))
-        size = today.now.size
-        if (isinstance(size, Tensor) or size < 2) and self.running_mean is not None and self.running_var is not None:
-            # One value has no variance, and that of a few says little: the running statistics until there are enough.
-            share, full = torch.as_tensor(pooled.share), torch.as_tensor(1 - kept)
-            few = ((share > (1.25 * full).clamp_min(1 / ENOUGH)) | (share == 1)) & (size < 2)
-            mean, var = torch.where(few, torch.stack([self.running_mean, self.running_var]), torch.stack(pooled[:2]))
-            pooled = Pooled(mean, var, pooled.share * (~few).to(mean.dtype))
+        pooled = self.unless_few(pooled, today.now.size, kept)
         if is_compiling():
             pooled, response = as_computed(pooled, response)
         return pooled, response, ok, new
@@ -298,3 +290,8 @@ class CBN(NormConfig):
     def needs_map(self) -> bool:
         """True where past moments are compensated."""
         return self.compensate and self.window != 1
+
+    def in_groups(self, examples: int) -> "CBN | None":
+        """With ``examples_per_group``; None where groups go one by one, which backward meets the other way round."""
+        fits = can_go_at_once(self.kind, self.positions, self.needs_map) and not (self.sync or self.examples_per_group)
+        return replace(self, examples_per_group=examples) if fits else None

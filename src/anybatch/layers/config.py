@@ -52,6 +52,13 @@ class NormConfig(ABC):
         """Whether the converter has to run the model once, to see what stands around its norms."""
         return self.needs_map or self.needs_flow
 
+    def in_groups(self, examples: int) -> "NormConfig | None":
+        """What makes of one batch what this makes of its groups of so many examples, one after another.
+
+        None if nothing here does, or not to the same gradients.
+        """
+        return None
+
     def at(self, around: Surroundings) -> "tuple[NormConfig, str]":
         """The config for a norm that stands like this, and why it is another than this one."""
         return self, ""

@@ -22,6 +22,8 @@ from .surroundings import Surroundings
 
 __all__ = ["History", "HistoryLayer", "Today", "as_computed"]
 
+ENOUGH = 16  # values to pool that come one a batch, or as many as the window has
+
 
 class Today(NamedTuple):
     """A batch, as it meets the past."""
@@ -197,6 +199,19 @@ class HistoryLayer(FedLayer):
     def _of_window_examples(self, examples: int | Tensor) -> Tensor | float:
         full = examples / (self.window_examples * self.rows_per_example)
         return full.clamp_max(1) if isinstance(full, Tensor) else min(1.0, full)
+
+    def unless_few(self, pooled: Pooled, size: Tensor | float, past: Tensor | float) -> Pooled:
+        """What was pooled of batches of so many values a channel, beside which the past has a share of ``past``.
+
+        One value has no variance, and that of a few says little: the running statistics until there are enough.
+        """
+        single = isinstance(size, Tensor) or size < 2
+        if not single or self.running_mean is None or self.running_var is None:
+            return pooled
+        share, full = torch.as_tensor(pooled.share), torch.as_tensor(1 - past)
+        few = ((share > (1.25 * full).clamp_min(1 / ENOUGH)) | (share == 1)) & (size < 2)
+        mean, var = torch.where(few, torch.stack([self.running_mean, self.running_var]), torch.stack(pooled[:2]))
+        return Pooled(mean, var, pooled.share * (~few).to(mean.dtype))
 
     def averages(self, history: History, examples: int | Tensor) -> Averages | None:
         """What a backward of so many examples moves, and by how much the loss is scaled; None: nothing."""

@@ -82,3 +82,7 @@ class NoNorm(NormConfig):
     """No normalization: the norm's own scale and shift, and nothing else."""
 
     layer: ClassVar[type[NormLayer]] = NoNormalization
+
+    def in_groups(self, examples: int) -> "NoNorm":
+        """Itself: it sees one example at a time."""
+        return self

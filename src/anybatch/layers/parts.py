@@ -22,7 +22,7 @@ from .feed import Feed, map_of
 if TYPE_CHECKING:
     from .cbn import CrossIterationBatchNorm
 
-__all__ = ["normalise_parts"]
+__all__ = ["can_go_at_once", "normalise_parts"]
 
 
 def normalise_parts(
@@ -52,11 +52,15 @@ def normalise_parts(
     return torch.cat(out) if len(out) > 1 else out[0]
 
 
+def can_go_at_once(kind: str, positions: int | None, compensates: bool) -> bool:
+    """Whether some input's parts do: the history is exponential, and reads few positions, or none."""
+    return kind == "exponential" and (positions is not None or not compensates)
+
+
 def _at_once(norm: "CrossIterationBatchNorm", y: Tensor, size: int) -> bool:
     values = size * (y[0, 0].numel() if y.dim() > 2 else 1)
-    sampled = norm.kind == "exponential" and (norm.positions is not None or not norm.compensates)
     here = norm.group is None and at_hand(y.detach()) and y.dtype == compute_dtype(y.dtype)
-    return sampled and here and values > 1
+    return can_go_at_once(norm.kind, norm.positions, norm.compensates) and here and values > 1
 
 
 def _together(

@@ -273,3 +273,7 @@ class ProxyNorm(NormConfig):
     def needs_flow(self) -> bool:
         """True: the layer has to know its activation."""
         return True
+
+    def in_groups(self, examples: int) -> "ProxyNorm":
+        """Itself: it sees one example at a time."""
+        return self

@@ -39,6 +39,10 @@ class GN(NormConfig):
     def __post_init__(self) -> None:
         check_whole("GN", "groups", self.groups)
 
+    def in_groups(self, examples: int) -> "GN":
+        """Itself: it sees one example at a time."""
+        return self
+
     def build(self, bn: _BatchNorm) -> nn.Module:
         """nn.GroupNorm with the affine parameters of ``bn``."""
         channels = bn.num_features

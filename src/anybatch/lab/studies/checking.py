@@ -186,7 +186,7 @@ def _differs(published: RunResult, again: RunResult) -> tuple[str, ...]:
 def _varied(runs: Sequence[RunResult]) -> list[str]:
     """Fields that differ between runs, besides those that their names say."""
     records = [run.config.record() for run in runs]
-    named = ("method", "batch", "seed")
+    named = ("method", "batch", "seed", "at_once")  # the last makes no other run
     return [name for name in records[0] if name not in named and len({str(each[name]) for each in records}) > 1]
 
 

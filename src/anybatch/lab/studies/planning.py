@@ -50,7 +50,7 @@ class Point:
 
 def points(study: Study, device: str = "cpu") -> list[Point]:
     """Every combination of what a study varies, in its order."""
-    base = replace(study.base, device=device)
+    base = replace(study.base, device=device, at_once=True)
     combined = [dict(zip(study.vary, values, strict=True)) for values in product(*study.vary.values())]
     return [Point(values, replace(base, **values)) for values in combined]
 

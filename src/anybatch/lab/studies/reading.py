@@ -19,6 +19,7 @@ ELSEWHERE = {
     "method": "it differs between the runs: give methods = [...], above the tables",
     "batch": "it differs between the runs: give batches = [...], above the tables",
     "seed": "it differs between the runs: give seeds = 5, their number, above the tables",
+    "at_once": "it changes no result: leave it out",
     "device": "it belongs to a machine, not to a study: give --device with the command",
 }
 DATA = ("data", "train_images", "test_images", "image_size")
