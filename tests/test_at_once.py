@@ -64,7 +64,10 @@ def test_training_is_the_same(method: str, batch: int) -> None:
 
 def test_which_methods_go_at_once() -> None:
     gone = [m for m in all_methods("small-resnet") if together(replace(CONFIG, method=m, batch=2))]
-    assert gone == ["gn(groups=4)", "cbn", "cbn-naive", "proxynorm", "proxynorm-group(groups=4)", "nonorm"]
+    assert gone == [
+        *("bn", "gn(groups=4)", "cbn", "cbn-naive", "ghost(examples_per_group=2)"),
+        *("proxynorm", "proxynorm-group(groups=4)", "nonorm"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +81,7 @@ def test_which_methods_go_at_once() -> None:
         {"method": "cbn(positions=None)"},
         {"method": "cbn(examples_per_group=1)"},
         {"method": "cbn(sync=True)"},
+        {"method": "ghost(examples_per_group=1)"},
     ],
     ids=str,
 )
@@ -99,7 +103,7 @@ def test_it_is_the_same_run_and_the_record_says_how_it_was_made() -> None:
 
 
 def test_it_is_planned_as_quicker() -> None:
-    for method, quicker in {"cbn": True, "gn": True, "bn": False, "no method": False}.items():
+    for method, quicker in {"cbn": True, "gn": True, "iebn": False, "no method": False}.items():
         config = replace(CONFIG, method=method, batch=1)
         assert (cost(config) < cost(replace(config, at_once=False))) is quicker
 

@@ -71,6 +71,25 @@ def test_running_statistics_of_ghosts_are_the_whole_batchs(per_group: int) -> No
     torch.testing.assert_close(norm.eval()(x), bn.eval()(x), **ORACLE)
 
 
+@every_shape
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("per_group", [1, 2, 3, 9])
+def test_running_statistics_of_one_ghost_after_another(
+    shape: tuple[int, ...], per_group: int, momentum: float | None
+) -> None:
+    """As of BatchNorm on each; it refuses a single value a channel, of which there is nothing to take."""
+    norm = GhostBatchNorm(4, per_group, momentum=momentum, dtype=D, running="ghosts")
+    bn = torch_norm(norm, torch.empty(shape))
+    bn.momentum = momentum
+    for _ in range(2):
+        x = batch(shape)
+        norm(x)
+        for ghost in x.split(ghosts(shape[0], per_group)):
+            if ghost[:, 0].numel() > 1:
+                bn(ghost)
+        same_buffers(norm, bn)
+
+
 def test_a_ghost_of_one_value_gives_beta_and_no_gradient() -> None:
     norm = random_affine(GhostBatchNorm(3, 1, dtype=D))
     x = batch((4, 3))
@@ -205,6 +224,7 @@ def test_recalibration_takes_what_the_layer_averages(config) -> None:
     ("config", "said"),
     [
         (lambda: ab.GhostBN(0), "examples_per_group=0; give a whole number"),
+        (lambda: ab.GhostBN(2, "ghost"), "running='ghost'"),
         (lambda: ab.BatchGroupNorm(channel_groups=2.0), "channel_groups=2.0"),
         (lambda: ab.BatchGroupNorm(alpha=2), "alpha=2; give a number from 0 to 1"),
         (lambda: ab.BGN(0), "groups=0; give a whole number of at least 1, or None"),

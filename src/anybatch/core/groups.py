@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .moments import compute_dtype, pool
 
-__all__ = ["pool_batch", "pool_channels", "pool_examples", "pool_runs", "spread_over"]
+__all__ = ["ghosts_of", "pool_batch", "pool_channels", "pool_examples", "pool_runs", "spread_over"]
 
 
 def pool_runs(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -36,20 +36,24 @@ def pool_channels(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tenso
     return spread_over(mean, size), spread_over(var, size)
 
 
+def ghosts_of(examples: int, per_group: int) -> list[tuple[int, int]]:
+    """How so many examples are cut into groups of at most ``per_group``: (groups, of so many examples), in order."""
+    groups = -(-examples // per_group)
+    size, larger = divmod(examples, groups)
+    return [(n, of) for n, of in ((larger, size + 1), (groups - larger, size)) if n]
+
+
 def pool_examples(mean: Tensor, var: Tensor, per_group: int) -> tuple[Tensor, Tensor]:
     """Moments (N, C), each example's replaced by those of its group of ``per_group`` consecutive examples.
 
     There are ceil(N / per_group) groups. Where N does not divide they are as equal as can be, the larger ones first.
     """
-    examples = len(mean)
-    groups = -(-examples // per_group)
-    larger = examples % groups
-    if larger:
-        cut = larger * (examples // groups + 1)
-        first = pool_examples(mean[:cut], var[:cut], examples // groups + 1)
-        rest = pool_examples(mean[cut:], var[cut:], examples // groups)
+    (groups, size), *smaller = ghosts_of(len(mean), per_group)
+    if smaller:
+        cut = groups * size
+        first = pool_examples(mean[:cut], var[:cut], size)
+        rest = pool_examples(mean[cut:], var[cut:], smaller[0][1])
         return torch.cat([first[0], rest[0]]), torch.cat([first[1], rest[1]])
-    size = examples // groups
     if size == 1:
         return mean, var
     mean, var = pool(*(t.view(groups, size, -1).transpose(1, 2) for t in (mean, var)))

@@ -93,6 +93,7 @@ def run_key(task: Task[TrainConfig]) -> str:
         ", window_examples=64",
         ", kind='ring', positions=16, storage='full', refresh=2",
         ", refresh=1",
+        ", running='batch'",
     ):  # options as they were before they came
         norm = norm.replace(later, "")
     facts = [task.config.facts(), norm, task.fingerprint]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.affine import per_channel
-from ..core.moments import Moments, bessel, moments, pool, update_running_
+from ..core.moments import Moments, bessel, compute_dtype, moments, pool, update_running_
 from ..core.ranks import Whole, pool_ranks
 from ..core.step import measure, normalise_by
 from ..core.tensors import finite
@@ -256,6 +256,10 @@ class NormLayer(SyncedLayer):
             return
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
+        if now.mean.dim() > 1 and self.momentum is None:  # the rates differ
+            for mean, var in zip(now.mean, now.var, strict=True):
+                self.track_(Moments(mean, var, now.size), examples, ok, total, momentum_batch)
+            return
         if ok is None:
             ok = finite(now.mean + now.var)
             ok = ok & (now.size > 1) if isinstance(now.size, Tensor) else ok
@@ -263,7 +267,7 @@ class NormLayer(SyncedLayer):
         self.num_batches_tracked.add_(ok * (len(now.mean) if now.mean.dim() > 1 else 1))
         rate: Tensor | float
         if self.momentum is None:
-            rate = 1 / self.num_batches_tracked.clamp_min(1)
+            rate = 1 / self.num_batches_tracked.clamp_min(1).to(compute_dtype(self.running_mean.dtype))
         elif momentum_batch is None:
             rate = self.momentum
         else:
@@ -277,10 +281,8 @@ class NormLayer(SyncedLayer):
     def extra_repr(self) -> str:
         """The constructor's arguments, so that repr(layer) evaluates to an equal layer."""
         own: dict[str, Any] = {"eps": self.eps, "momentum": self.momentum}
-        if not self.affine:
-            own["affine"] = False
-        elif self.bias is None:
-            own["bias"] = False
+        if self.bias is None:
+            own["bias" if self.affine else "affine"] = False
         if not self.track_running_stats:
             own["track_running_stats"] = False
         if self.alpha:

@@ -7,25 +7,27 @@ A batch of N examples is cut into ghosts of ``examples_per_group`` consecutive o
     out_n = gamma * (x_n - mu_j) / sqrt(var_j + eps) + beta
 
 var is the population variance, eps is inside the root. Evaluation is BatchNorm on the running statistics, so the layer
-folds. Those see the whole batch: its mean and its total variance (not the mean of the ghosts' variances), Bessel-
-corrected and averaged by torch's momentum, once a training forward. One ghost for the whole batch is torch's BatchNorm.
+folds. With ``running`` 'batch', as Summers and Dinneen have it, those see the whole batch: its mean and its total
+variance (not the mean of the ghosts' variances), Bessel-corrected and averaged by torch's momentum, once a training
+forward. With 'ghosts' they see one ghost after another, as BatchNorm on each ghost would. One ghost for the whole batch
+is torch's BatchNorm.
 
 Deviation: where ``examples_per_group`` does not divide N, the ceil(N / examples_per_group) ghosts are as equal as can
 be, so that no ghost is a tiny rest. Where it divides, they are the paper's.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..core.groups import pool_batch, pool_examples
+from ..core.groups import ghosts_of, pool_batch, pool_examples
 from ..core.moments import Moments
 from ..core.step import measure, normalise_by
 from .base import NormLayer
 from .config import NormConfig
-from .options import check_whole
+from .options import check_choice, check_whole
 
 __all__ = ["GhostBN", "GhostBatchNorm"]
 
@@ -46,10 +48,12 @@ class GhostBatchNorm(NormLayer):
         dtype: of parameters and running statistics.
         bias: whether an affine layer has beta.
         alpha: the share of the example's own moments in evaluation.
+        running: 'batch' (the running statistics average whole batches) or 'ghosts' (one ghost after another, each a
+            step of the average; one of a single value a channel, which has no variance, is none).
 
     Shape: (N, C, *) -> (N, C, *).
 
-    State: torch's BatchNorm's; the running statistics are the whole batch's.
+    State: torch's BatchNorm's, the running statistics by ``running``; with 'ghosts' num_batches_tracked counts these.
 
     Raises:
         AnybatchError: an option out of its range, or an input that does not fit the layer.
@@ -58,6 +62,7 @@ class GhostBatchNorm(NormLayer):
     """
 
     examples_per_group: int
+    running: str
 
     def __init__(
         self,
@@ -72,12 +77,14 @@ class GhostBatchNorm(NormLayer):
         *,
         bias: bool = True,
         alpha: float = 0.0,
+        running: Literal["batch", "ghosts"] = "batch",
     ) -> None:
         super().__init__(
             *(num_features, eps, momentum, affine, track_running_stats, device, dtype),
             bias=bias,
             alpha=alpha,
             examples_per_group=examples_per_group,
+            running=running,
         )
 
     @classmethod
@@ -85,14 +92,28 @@ class GhostBatchNorm(NormLayer):
         """Refuse options out of range."""
         super().check_options(**options)
         check_whole("GhostBN", "examples_per_group", options["examples_per_group"])
+        check_choice("GhostBN", "running", options["running"], ("batch", "ghosts"))
 
     def normalise(self, y: Tensor) -> Tensor:
-        """By the moments of the ghosts; those of the whole batch go into the running statistics."""
-        y, mean, var = measure(y, by_example=len(y) > self.examples_per_group)
+        """By the moments of the ghosts; those of the whole batch, or these, go into the running statistics."""
+        several = len(y) > self.examples_per_group
+        y, mean, var = measure(y, by_example=several)
         whole = pool_batch(mean.detach(), var.detach())
-        self.track_(Moments(*whole, y.numel() // y.shape[1]), len(y))
         mean, var = pool_examples(mean, var, self.examples_per_group)
+        if several and self.running == "ghosts":
+            self._track_ghosts(mean.detach(), var.detach(), y.numel() // y.shape[1] // len(y))
+        else:
+            self.track_(Moments(*whole, y.numel() // y.shape[1]), len(y))
         return normalise_by(y, mean, var, self.weight, self.bias, self.eps)
+
+    def _track_ghosts(self, mean: Tensor, var: Tensor, positions: int) -> None:
+        """Take the ghosts' moments, (N, C) as each example is normalised, into the running statistics."""
+        start = 0
+        for ghosts, size in ghosts_of(len(mean), self.examples_per_group):
+            each = slice(start, start + ghosts * size, size)
+            if size * positions > 1:
+                self.track_(Moments(mean[each], var[each], size * positions), size)
+            start = each.stop
 
 
 @dataclass(frozen=True)
@@ -101,8 +122,14 @@ class GhostBN(NormConfig):
 
     Args:
         examples_per_group: examples of a ghost, at most.
+        running: 'batch' or 'ghosts', what the running statistics average.
     """
 
     layer: ClassVar[type[NormLayer]] = GhostBatchNorm
 
     examples_per_group: int = 32
+    running: Literal["batch", "ghosts"] = "batch"
+
+    def in_groups(self, examples: int) -> "GhostBN | None":
+        """BatchNorm on each, where each is one ghost."""
+        return GhostBN(examples, "ghosts") if examples <= self.examples_per_group else None

@@ -88,7 +88,7 @@ def _together(
         with _disable_current_modes():  # of what a selective checkpoint keeps, a second run asks for none
             found = history.take_each(y.detach(), now, feed, *map.held(), rule, norm.burn_in_steps)
             if found is not None:
-                _track(norm, now, size)
+                norm.take_into_running_(now, size)
         if found is not None:
             replay.remember(own.mean, index, found)
     if found is None:
@@ -103,12 +103,3 @@ def _together(
     else:
         out = out.reshape(size, parts, *y.shape[1:]).transpose(0, 1).flatten(0, 1)
     return dense_like(out, dense(y.detach())[1])
-
-
-def _track(norm: "CrossIterationBatchNorm", now: Moments, rows: int) -> None:
-    """Take the moments (B, C) of parts of so many rows into the running statistics, one after another."""
-    if norm.momentum is None:  # the rates differ
-        for mean, var in zip(*now[:2], strict=True):
-            norm.take_into_running_(Moments(mean, var, now.size), rows)
-        return
-    norm.take_into_running_(now, rows)

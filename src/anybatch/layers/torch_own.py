@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .base import NormLayer
 from .config import NormConfig
 from .fused import keep_tail
+from .ghost import GhostBN
 from .options import check_whole
 
 __all__ = ["BN", "GN"]
@@ -20,6 +21,10 @@ class BN(NormConfig):
 
     def __post_init__(self) -> None:
         pass
+
+    def in_groups(self, examples: int) -> GhostBN:
+        """Ghosts, the running statistics of each after the other."""
+        return GhostBN(examples, "ghosts")
 
     def build(self, bn: _BatchNorm) -> nn.Module:
         """``bn`` itself, or plain BatchNorm where it is a layer of this library."""
