@@ -15,7 +15,8 @@ from .lab_fakes import image_folder
 
 COMPARE = [
     *["--method", "--batch", "--seeds", "--data", "--train-images", "--test-images", "--image-size", "--epochs"],
-    *["--network", "--augment", "--lr", "--mode", "--device", "--norm-weight-decay", "--jobs", "--out", "--quick"],
+    *["--network", "--augment", "--lr", "--mode", "--device", "--norm-weight-decay", "--at-once"],
+    *["--jobs", "--out", "--quick"],
 ]
 TRAIN = [
     *["--out", "--method", "--batch", "--seed", "--data", "--train-images", "--test-images", "--image-size"],

@@ -72,10 +72,11 @@ def test_bfloat16_takes_no_window_that_it_cannot_move() -> None:
         ab.CBN(kind="ring", storage="bfloat16")
 
 
-def layer_gradients(dtype: torch.dtype, batches: list[Tensor], **options: Any) -> list[Tensor]:
+def layer_gradients(dtype: torch.dtype, batches: list[Tensor], positive: bool = False, **options: Any) -> list[Tensor]:
     """Of a convolution's weight, batch by batch."""
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 4, 3, dtype=D).to(dtype)
+    conv.weight.data = conv.weight.data.abs() if positive else conv.weight.data
     norm = CrossIterationBatchNorm(4, dtype=dtype, average_reductions=0, **options).follows(conv)
     generator, found = torch.Generator().manual_seed(1), []
     for x in batches:
@@ -98,13 +99,18 @@ def test_few_looks_at_a_short_past_lose_no_digits(window: int, refresh: int) -> 
 
 
 @pytest.mark.parametrize("refresh", [1, 2])
-def test_a_constant_channel_comes_alive(refresh: int) -> None:
-    """Of its past there is nothing but rounding."""
+@pytest.mark.parametrize("positive", [True, False])
+def test_a_constant_channel_comes_alive(refresh: int, positive: bool) -> None:
+    """Of its past there is nothing but rounding.
+
+    How much of that there may be is known by the mean; where the sum of the map cancels the mean says too little, and
+    on some processors the first live batch has some per cent of one channel's gradient from rounding.
+    """
     batches = [torch.full((2, 3, 17, 13), 0.3, dtype=D)] * 4 + [torch.randn(2, 3, 17, 13, dtype=D) for _ in range(3)]
-    exact = layer_gradients(D, batches, refresh=refresh)
-    got = layer_gradients(torch.float32, batches, refresh=refresh)
-    for a, b in list(zip(got, exact, strict=True))[4:]:
-        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+    exact = layer_gradients(D, batches, positive, refresh=refresh)
+    got = layer_gradients(torch.float32, batches, positive, refresh=refresh)
+    for place, (a, b) in enumerate(list(zip(got, exact, strict=True))[4:]):
+        assert (a - b).abs().max() <= (1e-4 if positive or place else 0.1) * b.abs().max()
 
 
 @pytest.mark.parametrize("turns", [2, 3, 4, 5, 6])

@@ -240,7 +240,8 @@ def _scatter(seen: Seen, rows: Tensor) -> Tensor:
 def inverse(var_at: Tensor, var: Tensor, mean: Tensor) -> Tensor:
     """1 / var_at, or zero where the positions have seen too little of the variance to say how it changes.
 
-    So they have where there is no more of it than rounding of the mean makes.
+    So they have where there is no more of it than rounding of the mean makes; of a sum that cancels the mean says too
+    little of that, so that a channel that was constant may have some per cent of its first live gradient from rounding.
     """
     rounding = 64 * torch.finfo(mean.dtype).eps ** 2
     # Literals: a compiler asked for dynamic sizes takes a global number for one of them.
@@ -260,15 +261,13 @@ def _where(ok: Tensor | bool, new: Sequence[Any], old: Iterable[Any]) -> Sequenc
 def renew(
     covariance: Tensor, keep: Tensor | float, left: Tensor, right: Tensor, whole: Tensor | None, in_place: bool
 ) -> Tensor:
-    """Keep * covariance + sum_s left_s right_s + whole."""
+    """Keep * covariance + sum_s left_s right_s + whole; in place or not by the same kernels, to the same bits."""
     same = covariance.dtype == left.dtype
-    if not (in_place and same):
-        new = covariance.to(left.dtype) * keep
-        add_spread_(new, left, right)
-    elif isinstance(keep, float) and right.shape[1] == 1:
-        new = covariance.addmm_(left.t(), right.squeeze(1), beta=keep)
+    over = in_place and same
+    if same and isinstance(keep, float) and right.shape[1] == 1:
+        new = (covariance.addmm_ if over else covariance.addmm)(left.t(), right.squeeze(1), beta=keep)
     else:
-        new = add_spread_(covariance.mul_(keep), left, right)
+        new = add_spread_(covariance.mul_(keep) if over else covariance.to(left.dtype) * keep, left, right)
     if whole is not None:
         new += whole
     if same:
