@@ -104,13 +104,15 @@ def test_a_constant_channel_comes_alive(refresh: int, positive: bool) -> None:
     """Of its past there is nothing but rounding.
 
     How much of that there may be is known by the mean; where the sum of the map cancels the mean says too little, and
-    on some processors the first live batch has some per cent of one channel's gradient from rounding.
+    on some processors the first live batch has some per cent of one channel's gradient from rounding, if not all are
+    looked at.
     """
     batches = [torch.full((2, 3, 17, 13), 0.3, dtype=D)] * 4 + [torch.randn(2, 3, 17, 13, dtype=D) for _ in range(3)]
     exact = layer_gradients(D, batches, positive, refresh=refresh)
     got = layer_gradients(torch.float32, batches, positive, refresh=refresh)
     for place, (a, b) in enumerate(list(zip(got, exact, strict=True))[4:]):
-        assert (a - b).abs().max() <= (1e-4 if positive or place else 0.1) * b.abs().max()
+        rounding = not positive and refresh > 1 and place == 0
+        assert (a - b).abs().max() <= (0.1 if rounding else 1e-4) * b.abs().max()
 
 
 @pytest.mark.parametrize("turns", [2, 3, 4, 5, 6])

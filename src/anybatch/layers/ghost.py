@@ -98,13 +98,13 @@ class GhostBatchNorm(NormLayer):
         """By the moments of the ghosts; those of the whole batch, or these, go into the running statistics."""
         several = len(y) > self.examples_per_group
         y, mean, var = measure(y, by_example=several)
-        whole = pool_batch(mean.detach(), var.detach())
-        mean, var = pool_examples(mean, var, self.examples_per_group)
+        values = y.numel() // y.shape[1]
+        ghosts = pool_examples(mean, var, self.examples_per_group)
         if several and self.running == "ghosts":
-            self._track_ghosts(mean.detach(), var.detach(), y.numel() // y.shape[1] // len(y))
+            self._track_ghosts(ghosts[0].detach(), ghosts[1].detach(), values // len(y))
         else:
-            self.track_(Moments(*whole, y.numel() // y.shape[1]), len(y))
-        return normalise_by(y, mean, var, self.weight, self.bias, self.eps)
+            self.track_(Moments(*pool_batch(mean.detach(), var.detach()), values), len(y))
+        return normalise_by(y, *ghosts, self.weight, self.bias, self.eps)
 
     def _track_ghosts(self, mean: Tensor, var: Tensor, positions: int) -> None:
         """Take the ghosts' moments, (N, C) as each example is normalised, into the running statistics."""
