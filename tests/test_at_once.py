@@ -30,6 +30,8 @@ VARIANTS = (
     "cbn(average_reductions='step')",
     "cbn(gradient='current', expansion='second_moment', pooling='equal')",
     "cbn(momentum_batch=None, running='torch')",
+    "iebn(shortcuts='converted')",
+    "iebn-cbn(shortcuts='converted')",
 )
 
 
@@ -38,7 +40,7 @@ def together(config: ClassifyConfig) -> bool:
 
 
 def trained(config: ClassifyConfig) -> dict[str, torch.Tensor]:
-    """Losses, weights and running statistics after five steps in float64."""
+    """Losses, weights and running statistics after five steps in float64, and what evaluation makes of them."""
     task = Classify(config, DATA)
     model, order, losses = task.build().double(), Order(0, 96, 96), list[torch.Tensor]()
     optimizer = optimizer_of(model, config)
@@ -47,7 +49,8 @@ def trained(config: ClassifyConfig) -> dict[str, torch.Tensor]:
         assert len(batches) == (1 if together(config) else 32 // config.batch)
         doubled = [(images.double(), labels) for images, labels in batches]
         losses.append(torch.stack(take_step(task, model, optimizer, doubled, ALONE)).mean())
-    return {"losses": torch.stack(losses), **model.state_dict()}
+    evaluated = model.eval()(batches[0][0][:1].double())
+    return {"losses": torch.stack(losses), "evaluated": evaluated, **model.state_dict()}
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
@@ -65,8 +68,8 @@ def test_training_is_the_same(method: str, batch: int) -> None:
 def test_which_methods_go_at_once() -> None:
     gone = [m for m in all_methods("small-resnet") if together(replace(CONFIG, method=m, batch=2))]
     assert gone == [
-        *("bn", "gn(groups=4)", "cbn", "cbn-naive", "ghost(examples_per_group=2)"),
-        *("proxynorm", "proxynorm-group(groups=4)", "nonorm"),
+        *("bn", "gn(groups=4)", "cbn", "cbn-naive", "ghost(examples_per_group=2)", "iebn", "iebn-cbn"),
+        *("proxynorm", "proxynorm-group(groups=4)", "weighed", "nonorm"),
     ]
 
 
@@ -82,6 +85,10 @@ def test_which_methods_go_at_once() -> None:
         {"method": "cbn(examples_per_group=1)"},
         {"method": "cbn(sync=True)"},
         {"method": "ghost(examples_per_group=1)"},
+        {"method": "iebn(examples_per_group=1)"},
+        {"method": "iebn(sync=True)"},
+        {"method": "iebn-cbn(sync=True)"},
+        {"method": "weighed(sync=True)"},
     ],
     ids=str,
 )
@@ -103,7 +110,7 @@ def test_it_is_the_same_run_and_the_record_says_how_it_was_made() -> None:
 
 
 def test_it_is_planned_as_quicker() -> None:
-    for method, quicker in {"cbn": True, "gn": True, "iebn": False, "no method": False}.items():
+    for method, quicker in {"cbn": True, "gn": True, "renorm": False, "no method": False}.items():
         config = replace(CONFIG, method=method, batch=1)
         assert (cost(config) < cost(replace(config, at_once=False))) is quicker
 

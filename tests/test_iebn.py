@@ -1,5 +1,7 @@
 """Instance Enhancement BatchNorm against its equations, alone and over CBN."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -55,6 +57,35 @@ def test_outputs_and_every_gradient(shape: tuple[int, ...], options: dict) -> No
     norm = random(InstanceEnhancementBatchNorm(4, dtype=D, **options))
     x = batch(shape)
     same(norm(x), gated(norm, x, *oracle.batch_moments(x)), [x, *norm.parameters()])
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 5), (6, 4, 3, 2), (6, 4, 2, 3, 2)], ids=str)
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_a_group_of_examples_is_a_batch_of_its_own(shape: tuple[int, ...], size: int, momentum: float | None) -> None:
+    """Outputs, gradients and running statistics."""
+    grouped = random(InstanceEnhancementBatchNorm(4, momentum=momentum, examples_per_group=size, dtype=D))
+    alone = InstanceEnhancementBatchNorm(4, momentum=momentum, dtype=D)
+    alone.load_state_dict(grouped.state_dict())
+    x = batch(shape)
+    same(grouped(x), torch.cat([alone(part) for part in x.split(size)]), [x])
+    for name, value in alone.named_buffers():
+        torch.testing.assert_close(grouped.get_buffer(name), value, **ORACLE)
+
+
+def test_groups_of_a_single_value_leave_the_running_statistics() -> None:
+    norm = random(InstanceEnhancementBatchNorm(4, examples_per_group=1, dtype=D))
+    x = batch((3, 4))
+    same(norm(x), gated(norm, x, x, torch.zeros(3, 4, dtype=D)), [x])
+    assert (norm.running_mean.abs().sum(), norm.num_batches_tracked) == (0, 0)
+
+
+@pytest.mark.parametrize("build", [ab.IEBN, lambda **options: InstanceEnhancementBatchNorm(4, **options)])
+def test_groups_are_refused_over_ranks_and_out_of_range(build: Callable[..., object]) -> None:
+    with pytest.raises(ab.AnybatchError, match="sync=True with examples_per_group"):
+        build(sync=True, examples_per_group=2)
+    with pytest.raises(ab.AnybatchError, match="IEBN: examples_per_group=0"):
+        build(examples_per_group=0)
 
 
 @every_shape

@@ -7,9 +7,9 @@ any grouping. Every part of a group has as many values as the others, so the sha
 import torch
 from torch import Tensor
 
-from .moments import compute_dtype, pool
+from .moments import Moments, compute_dtype, pool
 
-__all__ = ["ghosts_of", "pool_batch", "pool_channels", "pool_examples", "pool_runs", "spread_over"]
+__all__ = ["ghosts_of", "moments_of_ghosts", "pool_batch", "pool_channels", "pool_examples", "pool_runs", "spread_over"]
 
 
 def pool_runs(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -59,6 +59,21 @@ def pool_examples(mean: Tensor, var: Tensor, per_group: int) -> tuple[Tensor, Te
     mean, var = pool(*(t.view(groups, size, -1).transpose(1, 2) for t in (mean, var)))
     shape = groups, size, mean.shape[1]
     return mean.unsqueeze(1).expand(shape).flatten(0, 1), var.unsqueeze(1).expand(shape).flatten(0, 1)
+
+
+def moments_of_ghosts(mean: Tensor, var: Tensor, per_group: int, positions: int) -> list[tuple[Moments, int]]:
+    """The groups' own moments, one after another, from (N, C) as :func:`pool_examples` gives them: without gradients.
+
+    For each size of group in turn: moments (groups, C), and how many examples such a group has. Groups of one value
+    have no variance and are left out.
+    """
+    start, found = 0, list[tuple[Moments, int]]()
+    for groups, size in ghosts_of(len(mean), per_group):
+        each = slice(start, start + groups * size, size)
+        start = each.stop
+        if size * positions > 1:
+            found.append((Moments(mean.detach()[each], var.detach()[each], size * positions), size))
+    return found
 
 
 def pool_batch(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,6 +89,8 @@ def run_key(task: Task[TrainConfig]) -> str:
     """Sixteen hexadecimal digits that name a run: configuration, what its method resolves to, and the data."""
     norm = task.norm()
     for later in (
+        ", running='batch', alpha=0.0",
+        ", sync=False, examples_per_group=None",
         ", sync=False",
         ", window_examples=64",
         ", kind='ring', positions=16, storage='full', refresh=2",

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..core.groups import ghosts_of, pool_batch, pool_examples
+from ..core.groups import moments_of_ghosts, pool_batch, pool_examples
 from ..core.moments import Moments
 from ..core.step import measure, normalise_by
 from .base import NormLayer
@@ -101,19 +101,11 @@ class GhostBatchNorm(NormLayer):
         values = y.numel() // y.shape[1]
         ghosts = pool_examples(mean, var, self.examples_per_group)
         if several and self.running == "ghosts":
-            self._track_ghosts(ghosts[0].detach(), ghosts[1].detach(), values // len(y))
+            for now, examples in moments_of_ghosts(*ghosts, self.examples_per_group, values // len(y)):
+                self.track_(now, examples)
         else:
             self.track_(Moments(*pool_batch(mean.detach(), var.detach()), values), len(y))
         return normalise_by(y, *ghosts, self.weight, self.bias, self.eps)
-
-    def _track_ghosts(self, mean: Tensor, var: Tensor, positions: int) -> None:
-        """Take the ghosts' moments, (N, C) as each example is normalised, into the running statistics."""
-        start = 0
-        for ghosts, size in ghosts_of(len(mean), self.examples_per_group):
-            each = slice(start, start + ghosts * size, size)
-            if size * positions > 1:
-                self.track_(Moments(mean[each], var[each], size * positions), size)
-            start = each.stop
 
 
 @dataclass(frozen=True)
@@ -123,13 +115,15 @@ class GhostBN(NormConfig):
     Args:
         examples_per_group: examples of a ghost, at most.
         running: 'batch' or 'ghosts', what the running statistics average.
+        alpha: the share of the example's own moments in evaluation.
     """
 
     layer: ClassVar[type[NormLayer]] = GhostBatchNorm
 
     examples_per_group: int = 32
     running: Literal["batch", "ghosts"] = "batch"
+    alpha: float = 0.0
 
     def in_groups(self, examples: int) -> "GhostBN | None":
         """BatchNorm on each, where each is one ghost."""
-        return GhostBN(examples, "ghosts") if examples <= self.examples_per_group else None
+        return GhostBN(examples, "ghosts", self.alpha) if examples <= self.examples_per_group else None

@@ -12,11 +12,12 @@ training forward. Evaluation has the same gate over the running statistics: one 
 The authors leave the norms of shortcuts plain, and so does the config.
 
 Ours: with a window of several batches y_hat is that of Cross-Iteration BatchNorm without its affine part (cbn.py), and
-the gate stays what it is, for it needs one example alone.
+the gate stays what it is, for it needs one example alone. With ``examples_per_group`` mean and var are those of so many
+consecutive examples, and a batch is what as many batches of these are, one after another.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -24,12 +25,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.affine import per_channel
-from ..core.groups import pool_batch
+from ..core.groups import moments_of_ghosts, pool_batch, pool_examples
 from ..core.moments import position_mean
 from ..core.step import measure, normalise_by
+from ..errors import AnybatchError
 from .base import NormLayer
 from .cbn import CBN, CrossIterationBatchNorm
 from .config import NormConfig
+from .ghost import GhostBN
 from .options import check_choice, check_flag, check_whole
 from .surroundings import Surroundings
 from .torch_own import BN
@@ -107,6 +110,7 @@ class InstanceEnhancementBatchNorm(_Gated):
         dtype: of parameters and running statistics.
         bias: whether an affine layer has beta.
         alpha: the share of the example's own moments in evaluation.
+        examples_per_group: take a batch so many examples at a time, running statistics included; None for all.
         sync: pool the batch's moments over the ranks of ``process_group`` (an attribute; torch's default group).
 
     Shape: (N, C, *) -> (N, C, *).
@@ -118,6 +122,8 @@ class InstanceEnhancementBatchNorm(_Gated):
 
     Source: arXiv 1908.04008 and its code.
     """
+
+    examples_per_group: int | None
 
     def __init__(
         self,
@@ -131,6 +137,7 @@ class InstanceEnhancementBatchNorm(_Gated):
         *,
         bias: bool = True,
         alpha: float = 0.0,
+        examples_per_group: int | None = None,
         sync: bool = False,
     ) -> None:
         super().__init__(
@@ -139,15 +146,28 @@ class InstanceEnhancementBatchNorm(_Gated):
             dtype=dtype,
             bias=bias,
             alpha=alpha,
+            examples_per_group=examples_per_group,
             sync=sync,
         )
 
+    @classmethod
+    def check_options(cls, **options: Any) -> None:
+        """Refuse options out of range."""
+        super().check_options(**options)
+        _check_groups(options["examples_per_group"], options["sync"])
+
     def normalise(self, y: Tensor) -> Tensor:
-        """By the batch's moments, pooled from the examples' own, whose means open the gate."""
+        """By the batch's moments, or its groups', pooled from the examples' own, whose means open the gate."""
         y, mean, var = measure(y, by_example=len(y) > 0)
+        gain, size = self.gain(mean), self.examples_per_group
+        if size is not None and size < len(y):
+            groups = pool_examples(mean, var, size)
+            for now, examples in moments_of_ghosts(*groups, size, y.numel() // mean.numel()):
+                self.track_(now, examples)
+            return normalise_by(y, *groups, gain, self.bias, self.eps)
         batch = self.whole(*pool_batch(mean, var), y)
         self.track_(batch.now, batch.examples)
-        return normalise_by(y, batch.mean, batch.var, self.gain(mean), self.bias, self.eps)
+        return normalise_by(y, batch.mean, batch.var, gain, self.bias, self.eps)
 
 
 class InstanceEnhancementCrossIterationBatchNorm(_Gated, CrossIterationBatchNorm):
@@ -176,6 +196,14 @@ class InstanceEnhancementCrossIterationBatchNorm(_Gated, CrossIterationBatchNorm
         return (out if self.bias is None else out + per_channel(self.bias, y)).to(y.dtype)
 
 
+def _check_groups(examples: int | None, sync: bool) -> None:
+    check_whole("IEBN", "examples_per_group", examples, none=True)
+    if sync and examples:
+        raise AnybatchError(
+            "IEBN: sync=True with examples_per_group, of which ranks may have unequal numbers; leave one of them out"
+        )
+
+
 @dataclass(frozen=True)
 class IEBN(NormConfig):
     """Instance Enhancement BatchNorm, over one batch or, with a window, over CBN with its defaults.
@@ -186,6 +214,7 @@ class IEBN(NormConfig):
         window: batches pooled, the current one included; 1 is IEBN, more is
             :class:`anybatch.nn.InstanceEnhancementCrossIterationBatchNorm`.
         sync: pool moments over ranks.
+        examples_per_group: take a batch so many examples at a time, as batches of their own; None for all.
     """
 
     layer: ClassVar[type[NormLayer]] = InstanceEnhancementBatchNorm
@@ -193,17 +222,34 @@ class IEBN(NormConfig):
     shortcuts: Literal["plain", "converted"] = "plain"
     window: int = 1
     sync: bool = False
+    examples_per_group: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("IEBN", "shortcuts", self.shortcuts, ("plain", "converted"))
         check_whole("IEBN", "window", self.window)
         check_flag("IEBN", "sync", self.sync)
+        _check_groups(self.examples_per_group, self.sync)
+
+    @property
+    def _plain(self) -> NormConfig:
+        """The same without a gate."""
+        if self.window > 1:
+            return CBN(window=self.window, examples_per_group=self.examples_per_group, sync=self.sync)
+        if self.examples_per_group:
+            return GhostBN(self.examples_per_group, "ghosts")
+        return ExampleWeighedBN(alpha=0.0, sync=True) if self.sync else BN()
 
     def build(self, bn: _BatchNorm) -> nn.Module:
         """The layer in place of ``bn``, with a gate."""
+        options = {"examples_per_group": self.examples_per_group, "sync": self.sync}
         if self.window == 1:
-            return InstanceEnhancementBatchNorm.replacing(bn, sync=self.sync)
-        return InstanceEnhancementCrossIterationBatchNorm.replacing(bn, window=self.window, sync=self.sync)
+            return InstanceEnhancementBatchNorm.replacing(bn, **options)
+        return InstanceEnhancementCrossIterationBatchNorm.replacing(bn, window=self.window, **options)
+
+    def in_groups(self, examples: int) -> "IEBN | None":
+        """With ``examples_per_group``, where it is the same without a gate."""
+        one_by_one = self.examples_per_group or self._plain.in_groups(examples) is None
+        return None if one_by_one else replace(self, examples_per_group=examples)
 
     @property
     def needs_map(self) -> bool:
@@ -219,6 +265,4 @@ class IEBN(NormConfig):
         """The norms of shortcuts have no gate, where those stay plain: BatchNorm, or CBN with a window."""
         if not around.shortcut or self.shortcuts == "converted":
             return self, ""
-        batch_norm = ExampleWeighedBN(alpha=0.0, sync=True) if self.sync else BN()
-        plain = batch_norm if self.window == 1 else CBN(window=self.window, sync=self.sync)
-        return plain, f"the norm of a shortcut: {'CBN' if self.window > 1 else 'BN'}, without a gate"
+        return self._plain, f"the norm of a shortcut: {'CBN' if self.window > 1 else 'BN'}, without a gate"

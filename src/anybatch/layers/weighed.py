@@ -25,6 +25,7 @@ from torch import Tensor
 from ..core.step import measure, normalise_by
 from .base import NormLayer
 from .config import NormConfig
+from .ghost import GhostBN
 
 __all__ = ["ExampleWeighedBN", "ExampleWeighedBatchNorm"]
 
@@ -99,3 +100,7 @@ class ExampleWeighedBN(NormConfig):
 
     alpha: float = 0.1
     sync: bool = False
+
+    def in_groups(self, examples: int) -> GhostBN | None:
+        """Ghosts, the running statistics of each after the other, as BatchNorm has it."""
+        return None if self.sync else GhostBN(examples, "ghosts", self.alpha)
