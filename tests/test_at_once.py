@@ -30,8 +30,6 @@ VARIANTS = (
     "cbn(average_reductions='step')",
     "cbn(gradient='current', expansion='second_moment', pooling='equal')",
     "cbn(momentum_batch=None, running='torch')",
-    "cbn-paper(burn_in_steps='1/3')",
-    "cbn(kind='ring', average_reductions=0)",
     "iebn(shortcuts='converted')",
     "iebn-cbn(shortcuts='converted')",
 )
@@ -70,7 +68,7 @@ def test_training_is_the_same(method: str, batch: int) -> None:
 def test_which_methods_go_at_once() -> None:
     gone = [m for m in all_methods("small-resnet") if together(replace(CONFIG, method=m, batch=2))]
     assert gone == [
-        *("bn", "gn(groups=4)", "cbn", "cbn-naive", "cbn-paper", "ghost(examples_per_group=2)", "iebn", "iebn-cbn"),
+        *("bn", "gn(groups=4)", "cbn", "cbn-naive", "ghost(examples_per_group=2)", "iebn", "iebn-cbn"),
         *("proxynorm", "proxynorm-group(groups=4)", "weighed", "nonorm"),
     ]
 

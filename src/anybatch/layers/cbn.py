@@ -292,7 +292,6 @@ class CBN(NormConfig):
         return self.compensate and self.window != 1
 
     def in_groups(self, examples: int) -> "CBN | None":
-        """With ``examples_per_group``; None where a group's backward needs the one before, met the other way round."""
-        at_once = can_go_at_once(self.kind, self.positions, self.needs_map) or self.average_reductions == 0
-        fits = at_once and not (self.sync or self.examples_per_group)
+        """With ``examples_per_group``; None where groups go one by one, which backward meets the other way round."""
+        fits = can_go_at_once(self.kind, self.positions, self.needs_map) and not (self.sync or self.examples_per_group)
         return replace(self, examples_per_group=examples) if fits else None
