@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .moments import Moments, compute_dtype, pool
 
-__all__ = ["ghosts_of", "moments_of_ghosts", "pool_batch", "pool_channels", "pool_examples", "pool_runs", "spread_over"]
+__all__ = ["moments_of_ghosts", "pool_batch", "pool_channels", "pool_examples", "pool_runs", "spread_over"]
 
 
 def pool_runs(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,7 @@ def pool_channels(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tenso
     return spread_over(mean, size), spread_over(var, size)
 
 
-def ghosts_of(examples: int, per_group: int) -> list[tuple[int, int]]:
+def _ghosts_of(examples: int, per_group: int) -> list[tuple[int, int]]:
     """How so many examples are cut into groups of at most ``per_group``: (groups, of so many examples), in order."""
     groups = -(-examples // per_group)
     size, larger = divmod(examples, groups)
@@ -48,7 +48,7 @@ def pool_examples(mean: Tensor, var: Tensor, per_group: int) -> tuple[Tensor, Te
 
     There are ceil(N / per_group) groups. Where N does not divide they are as equal as can be, the larger ones first.
     """
-    (groups, size), *smaller = ghosts_of(len(mean), per_group)
+    (groups, size), *smaller = _ghosts_of(len(mean), per_group)
     if smaller:
         cut = groups * size
         first = pool_examples(mean[:cut], var[:cut], size)
@@ -68,7 +68,7 @@ def moments_of_ghosts(mean: Tensor, var: Tensor, per_group: int, positions: int)
     have no variance and are left out.
     """
     start, found = 0, list[tuple[Moments, int]]()
-    for groups, size in ghosts_of(len(mean), per_group):
+    for groups, size in _ghosts_of(len(mean), per_group):
         each = slice(start, start + groups * size, size)
         start = each.stop
         if size * positions > 1:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from ..errors import AnybatchError
-from .options import check_choice, check_flag, check_whole
+from .options import check_choice, check_flag, check_groups, check_whole
 
 __all__ = ["check_cbn"]
 
@@ -27,7 +27,7 @@ def check_cbn(hints: Mapping[str, Any], **options: Any) -> None:
         check_whole("CBN", name, options[name], least)
     for name, least in {"window": 1, "average_reductions": 0}.items():
         check_whole("CBN", name, options[name], least, none=True)
-    for name in ("positions", "momentum_batch", "examples_per_group"):
+    for name in ("positions", "momentum_batch"):
         check_whole("CBN", name, options[name], none=True)
     kind, window = options["kind"], options["window"] or options["window_examples"]
     if options["storage"] != "full" and (kind == "ring" or window > 256):
@@ -35,7 +35,4 @@ def check_cbn(hints: Mapping[str, Any], **options: Any) -> None:
         raise AnybatchError(
             f"CBN: storage='bfloat16' is for 'exponential', window to 256: {kind=}, {window=} take 'full'"
         )
-    if options.get("sync") and options["examples_per_group"]:
-        raise AnybatchError(
-            "CBN: sync=True with examples_per_group, of which ranks may have unequal numbers; leave one of them out"
-        )
+    check_groups("CBN", options["examples_per_group"], options.get("sync", False))

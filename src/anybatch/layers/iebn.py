@@ -28,12 +28,11 @@ from ..core.affine import per_channel
 from ..core.groups import moments_of_ghosts, pool_batch, pool_examples
 from ..core.moments import position_mean
 from ..core.step import measure, normalise_by
-from ..errors import AnybatchError
 from .base import NormLayer
 from .cbn import CBN, CrossIterationBatchNorm
 from .config import NormConfig
 from .ghost import GhostBN
-from .options import check_choice, check_flag, check_whole
+from .options import check_choice, check_flag, check_groups, check_whole
 from .surroundings import Surroundings
 from .torch_own import BN
 from .weighed import ExampleWeighedBN
@@ -154,7 +153,7 @@ class InstanceEnhancementBatchNorm(_Gated):
     def check_options(cls, **options: Any) -> None:
         """Refuse options out of range."""
         super().check_options(**options)
-        _check_groups(options["examples_per_group"], options["sync"])
+        check_groups("IEBN", options["examples_per_group"], options["sync"])
 
     def normalise(self, y: Tensor) -> Tensor:
         """By the batch's moments, or its groups', pooled from the examples' own, whose means open the gate."""
@@ -196,14 +195,6 @@ class InstanceEnhancementCrossIterationBatchNorm(_Gated, CrossIterationBatchNorm
         return (out if self.bias is None else out + per_channel(self.bias, y)).to(y.dtype)
 
 
-def _check_groups(examples: int | None, sync: bool) -> None:
-    check_whole("IEBN", "examples_per_group", examples, none=True)
-    if sync and examples:
-        raise AnybatchError(
-            "IEBN: sync=True with examples_per_group, of which ranks may have unequal numbers; leave one of them out"
-        )
-
-
 @dataclass(frozen=True)
 class IEBN(NormConfig):
     """Instance Enhancement BatchNorm, over one batch or, with a window, over CBN with its defaults.
@@ -228,7 +219,7 @@ class IEBN(NormConfig):
         check_choice("IEBN", "shortcuts", self.shortcuts, ("plain", "converted"))
         check_whole("IEBN", "window", self.window)
         check_flag("IEBN", "sync", self.sync)
-        _check_groups(self.examples_per_group, self.sync)
+        check_groups("IEBN", self.examples_per_group, self.sync)
 
     @property
     def _plain(self) -> NormConfig:

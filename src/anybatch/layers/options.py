@@ -4,7 +4,7 @@ from typing import Any
 
 from ..errors import AnybatchError
 
-__all__ = ["check_choice", "check_divides", "check_flag", "check_number", "check_whole"]
+__all__ = ["check_choice", "check_divides", "check_flag", "check_groups", "check_number", "check_whole"]
 
 
 def check_whole(what: str, name: str, value: Any, least: int = 1, none: bool = False) -> None:
@@ -44,4 +44,13 @@ def check_divides(what: str, name: str, value: int, channels: int, multiples: bo
         more = f", or a multiple of {channels}" if multiples else ""
         raise AnybatchError(
             f"{what}: {name}={value} does not divide {channels} channels; choose one of {divisors}{more}"
+        )
+
+
+def check_groups(what: str, examples_per_group: Any, sync: bool) -> None:
+    """Refuse all but whole numbers and None, and groups of a batch that is spread over ranks."""
+    check_whole(what, "examples_per_group", examples_per_group, none=True)
+    if sync and examples_per_group:
+        raise AnybatchError(
+            f"{what}: sync=True with examples_per_group, of which ranks may have unequal numbers; leave one of them out"
         )
