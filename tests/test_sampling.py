@@ -7,9 +7,50 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anybatch.core.sampling import positions
+import anybatch as ab
+from anybatch.core.sampling import enough, positions
 
 PERIOD = 32
+
+
+@pytest.mark.parametrize(
+    ("least", "size", "found"),
+    [
+        (16, (), 16),
+        (16, (1, 1), 16),
+        (16, (32, 32), 16),
+        (16, (33, 32), 16),
+        (16, (64, 64), 64),
+        (1, (64, 64), 64),
+        (100, (64, 64), 100),
+        (16, (24, 24, 24), 216),
+        (16, (512, 512), 256),
+        (1000, (512, 512), 1000),
+    ],
+)
+def test_of_large_maps_more_positions_are_looked_at(least: int, size: tuple[int, ...], found: int) -> None:
+    assert enough(least, size) == found
+
+
+@pytest.mark.parametrize("per_group", [None, 1])
+def test_how_many_positions_goes_by_the_example_not_by_the_batch(per_group: int | None) -> None:
+    """At 64 x 64 positions 16 are 64, at one example and at three, and in groups of a batch; 65 are not the same."""
+    outputs = []
+    for least in (16, 64, 65):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3, padding=1), torch.nn.BatchNorm2d(3))
+        ab.convert_(
+            model, ab.CBN(positions=least, examples_per_group=per_group), example_inputs=torch.zeros(2, 2, 64, 64)
+        )
+        for examples in (3, 1, 3, 3):
+            torch.manual_seed(examples)
+            out = model(torch.randn(examples, 2, 64, 64))
+            (out * torch.randn_like(out)).sum().backward()
+            with torch.no_grad():
+                model[0].weight += 0.1 * torch.randn_like(model[0].weight)
+        outputs.append(out.detach())
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
 
 
 def flat(examples: int, size: tuple[int, ...], samples: int, number: int) -> torch.Tensor:

@@ -24,6 +24,7 @@ from .tensors import at_hand
 __all__ = [
     "Seen",
     "SeenOfEach",
+    "enough",
     "everywhere",
     "looks",
     "nothing",
@@ -37,6 +38,8 @@ _GOLDEN = 2654435769  # 2^32 / golden ratio
 _SILVER = 1779033704  # 2^32 (sqrt(2) - 1)
 _BITS = 16
 _PERIOD = 32  # batches, after which the places come again
+_ONE_IN = 64  # positions of an example
+_MOST = 256
 
 
 class Seen(NamedTuple):
@@ -81,6 +84,19 @@ def looks(forwards: Any, refresh: int) -> tuple[Any, Any]:
     stretch = forwards // refresh
     place = ((stretch * _GOLDEN) % (1 << 32) * refresh) >> 32
     return stretch, forwards - stretch * refresh == place
+
+
+def enough(least: int, size: tuple[int, ...]) -> int:
+    """How many positions to look at, of batches whose examples have outputs of ``size``: more where there are many.
+
+    A gradient is a sum over all positions, and what it owes to the history is as noisy as those that were looked at
+    are few: 16 of a volume's thousands drown what they are to correct.
+
+    Args:
+        least: at any size.
+        size: spatial.
+    """
+    return max(least, min(math.prod(size) // _ONE_IN, _MOST))
 
 
 def positions(examples: int, size: tuple[int, ...], samples: int, number: Tensor) -> Tensor:

@@ -15,7 +15,17 @@ from ..core.exponential import Past, advance
 from ..core.moments import Moments
 from ..core.pooled import Pooled, Response, Rule
 from ..core.ranks import Whole
-from ..core.sampling import Seen, SeenOfEach, everywhere, looks, nothing, nothing_of_each, sampled, sampled_of_each
+from ..core.sampling import (
+    Seen,
+    SeenOfEach,
+    enough,
+    everywhere,
+    looks,
+    nothing,
+    nothing_of_each,
+    sampled,
+    sampled_of_each,
+)
 from ..core.tensors import at_hand
 from .feed import Feed
 from .history import History, Today
@@ -27,7 +37,7 @@ class Exponential(History):
     """All batches of one norm behind one map so far, pooled.
 
     Args:
-        samples: output positions that are looked at, of a batch; None: all.
+        samples: output positions that are looked at, of a batch, at least; None: all.
         refresh: batches from one that is looked at to the next.
         stored: dtype of the covariance, None: that of the statistics.
 
@@ -67,7 +77,8 @@ class Exponential(History):
             return nothing(self.patch, self.scalars.shape[1])._replace(looked=looked)
         with torch.no_grad():
             if self.samples is not None:
-                seen = sampled(feed.x, y, now.mean, feed.geometry, self.samples, number)
+                samples = enough(self.samples, tuple(y.shape[2:]))
+                seen = sampled(feed.x, y, now.mean, feed.geometry, samples, number)
             else:
                 seen = everywhere(feed.x, y, own.mean, own.var, feed.geometry, feed.weight)
                 seen = seen if whole.apart is None else seen._replace(offset=whole.apart)
@@ -151,7 +162,8 @@ class Exponential(History):
         if not which:
             return nothing_of_each(self.patch, now.mean.shape[1])
         each = torch.tensor(which, dtype=torch.int64, device=y.device)
-        return sampled_of_each(feed.x, y, now.mean, feed.geometry, self.samples, numbers, each)
+        samples = enough(self.samples, tuple(y.shape[2:]))
+        return sampled_of_each(feed.x, y, now.mean, feed.geometry, samples, numbers, each)
 
     def push_(self, today: Today, ok: Tensor | bool, new: Any) -> None:
         """Keep the new past; where the batch was not ``ok``, it is the old one."""
