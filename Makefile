@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak lint docs docs-serve package clean
+.PHONY: demo test thorough soak lint docs docs-serve package clean
 
 demo: .venv/ready
 	$(BIN)/anybatch compare --quick --out results/demo
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# The further cases of the long tests.
+thorough: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m thorough
 
 # 200 random training configurations against float64: 20 to 30 minutes.
 soak: .venv/ready

@@ -1,5 +1,6 @@
 """What every test runs under: a fixed seed, one thread, poisoned uninitialised memory."""
 
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -10,6 +11,9 @@ import torch
 from tests.torchvision_operators import declare
 
 declare()  # before anything imports torchvision
+
+# A shell ignores Ctrl-C in what it starts in the background, and so would the processes that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("anybatch", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("anybatch")

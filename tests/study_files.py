@@ -76,4 +76,5 @@ def publish_tiny(folder: Path) -> Path:
 
 
 def is_a_picture(path: Path) -> bool:
-    return len(np.unique(np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3), axis=0)) > 20
+    colours = np.asarray(Image.open(path).convert("RGB"), np.int32) @ (65536, 256, 1)
+    return len(np.unique(colours)) > 20

@@ -18,7 +18,7 @@ def test_within_a_point_of_the_best_in_nine_of_ten_settings() -> None:
     judge = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(judge)
     torch.set_num_threads(1)
-    dataset, behind = load("embedded", 256, 1), []
+    dataset, behind = load("embedded", 128, 1), []
     for setting in judge.settings():
         advice = judge.advice_for(setting, dataset)
         behind.append(setting.points[setting.best] - setting.of(advice.method))

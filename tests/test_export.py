@@ -27,6 +27,7 @@ from anybatch.lab.export import Exported, export
 from anybatch.lab.export_formats import FORMATS, norms_of_graph
 from anybatch.lab.trained import open_trained
 
+from .selection import usually
 from .small_models import ResNet, assert_untouched, shake, tensors
 
 every_method = pytest.mark.parametrize("name", ab.METHODS)
@@ -94,7 +95,7 @@ def norm_nodes(path: Path) -> list[str]:
 
 
 @every_method
-@every_format
+@pytest.mark.parametrize("format", usually(["onnx", "safetensors"], FORMATS))
 def test_files_give_the_models_outputs(name: str, format: str, tmp_path: Path) -> None:
     """Read without any of our code, at a batch that the export has not seen; what folds leaves no norm behind."""
     model, path, x = trained(name), tmp_path / "there" / "file", images(5)

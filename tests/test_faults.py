@@ -27,6 +27,7 @@ from anybatch.reporting import files
 
 from . import lab_fakes
 from .lab_children import EVALUATION, MOMENTS_OF_A_SAVE, STEP, assert_same, state, train, train_together
+from .selection import usually
 
 KILLS = 20
 
@@ -63,7 +64,7 @@ def assert_nothing_lost(out: Path, whole: Path) -> None:
     assert (out / checkpoints.MODEL).read_bytes() == (whole / checkpoints.MODEL).read_bytes()
 
 
-@pytest.mark.parametrize("kill", range(KILLS))
+@pytest.mark.parametrize("kill", usually(range(0, KILLS, 4), range(KILLS)))
 def test_killed_at_a_random_moment(
     tmp_path: Path, options: list[str], undisturbed: tuple[Path, int], kill: int
 ) -> None:

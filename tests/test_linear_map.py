@@ -68,7 +68,9 @@ def convolutions(draw, table, modes):
         padding = "same"
     else:
         padding = tuple(draw(st.integers(0, 2)) for _ in range(dims))
-    size = tuple(draw(st.integers(5, 7)) if dims < 3 else draw(st.integers(5, 6)) for _ in range(dims))
+    # A transposed map puts out up to three times the size a side, and the jacobian takes every output by itself.
+    least, most = (2, 4) if transposed else (5, 7)
+    size = tuple(draw(st.integers(least, most - (dims == 3))) for _ in range(dims))
     module = table[dims](
         groups * draw(st.integers(1, 2)),
         groups * draw(st.integers(1, 2)),
