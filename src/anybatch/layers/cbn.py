@@ -66,8 +66,9 @@ class CrossIterationBatchNorm(HistoryLayer):
         dtype: of parameters and running statistics.
         bias: whether an affine layer has beta.
         kind: 'exponential' or 'ring' (the paper's), how the past is kept.
-        positions: output positions of a batch from which 'exponential' reads how moments answer to the weights; None:
-            all, at the cost of one weight gradient more. 'ring' takes all.
+        positions: output positions of a batch from which 'exponential' reads how moments answer to the weights: of
+            outputs with over 1024 an example one in 64, up to 256, if that is more. None: all, as 'ring', at the cost
+            of one weight gradient more.
         refresh: every so many batches 'exponential' reads them, and lets them stand for those between; 'ring': always.
         storage: of what 'exponential' keeps in the size of the weights: 'full' (as the statistics) or 'bfloat16'.
         gradient: 'history' (through the carried moments) or 'current' (the paper's).
