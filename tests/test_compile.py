@@ -130,10 +130,10 @@ def test_training_and_evaluation_between_its_steps(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "make"),
     [
-        ("cbn", resnet),
+        pytest.param("cbn", resnet, marks=pytest.mark.thorough),
         *(
-            pytest.param(name, Checkpointed, marks=() if name == "renorm" else pytest.mark.thorough)
-            for name in ("bn", "weighed", "renorm", "iebn", "proxynorm")
+            pytest.param(name, Checkpointed, marks=() if name in ("cbn", "renorm") else pytest.mark.thorough)
+            for name in ("bn", "weighed", "cbn", "renorm", "iebn", "proxynorm")
         ),
     ],
 )

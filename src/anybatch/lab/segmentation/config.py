@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from anybatch.errors import AnybatchError
-from anybatch.lab.config import BEST_CBN, TrainConfig
+from anybatch.lab.config import TrainConfig
 from anybatch.lab.segmentation.examples import Intensity
 from anybatch.lab.segmentation.networks import NETWORKS
 from anybatch.methods import METHODS
@@ -36,7 +36,7 @@ class SegmentConfig(TrainConfig):
     lr_batch = 8
     examples = "examples"
 
-    method: str = BEST_CBN
+    method: str = "cbn"
     data: str = "volumes"
     epochs: int = 8
     lr: float = 0.05
@@ -71,7 +71,7 @@ class SegmentConfig(TrainConfig):
 
     def compared(self) -> tuple[str, ...]:
         """What is set side by side if no methods are named."""
-        return ("bn", self._typed("gn"), BEST_CBN)
+        return ("bn", self._typed("gn"), "cbn")
 
     def all_methods(self) -> tuple[str, ...]:
         """Every method of the table, as typed for few channels where the network has few."""
