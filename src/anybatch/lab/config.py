@@ -11,9 +11,7 @@ from anybatch.layers.config import NormConfig
 from anybatch.methods import METHODS, parse_method
 from anybatch.typed import split_method, tidy_method, write_method
 
-__all__ = ["BEST_CBN", "ClassifyConfig", "TrainConfig"]
-
-BEST_CBN = "cbn(window=8, average_reductions='step')"  # what was measured there: docs/results/detect.md
+__all__ = ["ClassifyConfig", "TrainConfig"]
 
 
 @dataclass(frozen=True)
