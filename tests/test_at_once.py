@@ -41,11 +41,11 @@ def together(config: ClassifyConfig) -> bool:
 
 
 def trained(config: ClassifyConfig) -> dict[str, torch.Tensor]:
-    """Losses, weights and running statistics after three steps in float64, and what evaluation makes of them."""
+    """Losses, weights and running statistics after five steps in float64, and what evaluation makes of them."""
     task = Classify(config, DATA)
     model, order, losses = task.build().double(), Order(0, 96, 96), list[torch.Tensor]()
     optimizer = optimizer_of(model, config)
-    for step in range(3):
+    for step in range(5):
         batches = task.batches(order.after(16 * step, 16), 16 // config.batch, 16 * step)
         assert len(batches) == (1 if together(config) else 16 // config.batch)
         doubled = [(images.double(), labels) for images, labels in batches]

@@ -80,6 +80,18 @@ def same(a: list[Tensor], b: list[Tensor]) -> None:
         torch.testing.assert_close(x.float() / scale, y.float() / scale, **REORDERED)
 
 
+def assert_same_compiled(
+    name: str, make: Callable[[], nn.Module], images: list[Tensor], micro_batches: int = 1, **options: Any
+) -> list[int]:
+    """Trains eagerly and compiled to the same, and gives the graphs there were after every step of the latter."""
+    results = []
+    for compiling in (False, True):
+        net = net_of(name, make, images[0])
+        results.append(train(net, compiled(net, **options) if compiling else net, images, micro_batches))
+    same(results[1][0], results[0][0])
+    return results[1][1]
+
+
 class Checkpointed(nn.Module):
     """Two blocks, each under a checkpoint unless ``plain``; the second is called ``levels`` times."""
 
@@ -117,7 +129,8 @@ def test_training_and_evaluation_between_its_steps(name: str) -> None:
         seen, graphs = train(net, run, images[:2])
         net.eval()
         with torch.no_grad():
-            seen += [run(images[2]) for _ in range(2)]
+            for _ in range(2):
+                torch.testing.assert_close(run(images[2]), net(images[2]), **REORDERED)
         evaluated = counters["stats"]["unique_graphs"]
         more, later = train(net.train(), run, images[2:])
         results.append(seen + more)
@@ -129,23 +142,15 @@ def test_training_and_evaluation_between_its_steps(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "make"),
-    [
-        pytest.param("cbn", resnet, marks=pytest.mark.thorough),
-        *(
-            pytest.param(name, Checkpointed, marks=() if name in ("cbn", "renorm") else pytest.mark.thorough)
-            for name in ("bn", "weighed", "cbn", "renorm", "iebn", "proxynorm")
-        ),
-    ],
+    usually(
+        [("cbn", Checkpointed), ("renorm", Checkpointed)],
+        [("cbn", resnet), *((name, Checkpointed) for name in ("bn", "weighed", "cbn", "renorm", "iebn", "proxynorm"))],
+    ),
 )
 def test_training_on_changing_sizes(name: str, make: Callable[[], nn.Module]) -> None:
     """With dynamic=True, in one graph."""
-    images = batches(SIZES)
-    results = []
-    for compiling in (False, True):
-        net = net_of(name, make, images[0])
-        results.append(train(net, compiled(net, dynamic=True) if compiling else net, images))
-    same(results[1][0], results[0][0])
-    assert results[1][1][1:] == [1] * (len(images) - 1)
+    graphs = assert_same_compiled(name, make, batches(SIZES), dynamic=True)
+    assert graphs[1:] == [1] * (len(SIZES) - 1)
     assert not counters["graph_break"]
 
 
@@ -168,24 +173,13 @@ MODELS = {
 )
 def test_every_way_in_which_maps_and_norms_meet(model: str) -> None:
     make, channels = MODELS[model]
-    images = batches([(12, 10)] * 4, channels)
-    results = []
-    for compiling in (False, True):
-        net = net_of("cbn", make, images[0])
-        results.append(train(net, compiled(net) if compiling else net, images))
-    same(results[1][0], results[0][0])
-    assert results[1][1][-1] <= 2
+    assert assert_same_compiled("cbn", make, batches([(12, 10)] * 4, channels))[-1] <= 2
 
 
 @pytest.mark.parametrize("name", usually(("cbn", "accumulated"), ["cbn", "accumulated", "renorm", "weighed"]))
 def test_accumulation(name: str) -> None:
-    images = batches([(12, 10)] * 4, n=6)
-    results = []
-    for compiling in (False, True):
-        net = net_of(name, Checkpointed, images[0])
-        results.append(train(net, compiled(net) if compiling else net, images, micro_batches=3))
-    same(results[1][0], results[0][0])
-    assert len(set(results[1][1][1:])) == 1
+    graphs = assert_same_compiled(name, Checkpointed, batches([(12, 10)] * 4, n=6), micro_batches=3)
+    assert len(set(graphs[1:])) == 1
 
 
 @pytest.mark.parametrize(
@@ -294,10 +288,4 @@ def test_in_float64(name: str) -> None:
 @pytest.mark.parametrize("name", ["cbn"])
 def test_inductor(name: str) -> None:
     """The compiler that users get, on a ResNet."""
-    images = batches([(12, 10)] * 3)
-    results = []
-    for compiling in (False, True):
-        net = net_of(name, Checkpointed, images[0])
-        results.append(train(net, compiled(net, "inductor") if compiling else net, images))
-    same(results[1][0], results[0][0])
-    assert results[1][1] == [1, 1, 1]
+    assert assert_same_compiled(name, Checkpointed, batches([(12, 10)] * 3), backend="inductor") == [1, 1, 1]

@@ -27,10 +27,10 @@ def stock_resnet() -> nn.Module:
     return ResNet(10, 1, (8, 16, 32, 64), (2, 2, 2, 2))
 
 
-def train(model: nn.Module, images: data.Dataset, batch: int, lr: float, seed: int, count: int | None = None) -> None:
-    """Once over the images or the first ``count`` of them, a step a batch, rate falling linearly to zero."""
+def train(model: nn.Module, images: data.Dataset, batch: int, lr: float, seed: int) -> None:
+    """One epoch, a step a batch, rate falling linearly to zero."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
-    order = torch.randperm(len(images.train_images), generator=torch.Generator().manual_seed(seed))[:count].split(batch)
+    order = torch.randperm(len(images.train_images), generator=torch.Generator().manual_seed(seed)).split(batch)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(order))
     model.train()
     for indices in order:
@@ -64,7 +64,7 @@ def test_a_checkpoint_converted_in_mid_training_keeps_its_accuracy(images: data.
     assert before > 65, before
     ab.convert_(model, ab.CBN(), example_inputs=images.normalise(images.train_images[:1]))
     assert accuracy(model, images) == before  # evaluation is BatchNorm's
-    train(model, images, batch=2, lr=0.002, seed=1, count=800)
+    train(model, images, batch=2, lr=0.002, seed=1)
     after = accuracy(model, images)
     assert after > before - 1, (before, after)
     folded = ab.fold(model)
